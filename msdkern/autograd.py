@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The derivatives: one Function per differentiable op, outside the registered ops.
+
+The scalar loss computes its gradient in forward, while the row set is in cache; backward scales
+that buffer by the upstream gradient and hands it out once. A later backward recomputes it from
+the saved logits, so nothing handed out is ever written again. Functions whose outputs have a row
+each save log-sum-exps instead and recompute. None of them can be differentiated twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OPS = torch.ops.msdkern
+
+
+def _refuse_second_order(op: str) -> None:
+    # Grad mode is on inside a backward exactly when it was asked to build a graph of itself.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: second-order gradients are not implemented; got create_graph=True"
+        )
+
+
+def _wants_gradient(logits: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(z.requires_grad for z in logits)
+
+
+def _spread(gradients: list[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients of the inputs that want one, None for the others."""
+    rest = iter(gradients)
+    return [next(rest) if want else None for want in wanted]
+
+
+class _MultiExitLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *inputs: Any) -> tuple[Tensor, ...]:
+        logits, rest = inputs[:count], inputs[count:]
+        wanted = [z.requires_grad for z in logits]
+        *values, gradients = _OPS.multi_exit_loss.default(
+            list(logits), *rest[:-1], wanted, rest[-1]
+        )
+        ctx.wanted, ctx.rest, ctx.gradients = tuple(wanted), rest, gradients
+        ctx.save_for_backward(*logits)
+        ctx.mark_non_differentiable(*values[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        _refuse_second_order("multi_exit_loss")
+        rest, wanted = ctx.rest, ctx.wanted
+        nothing = (None,) * len(rest)
+        if upstream is None:
+            return (None, *(None for _ in wanted), *nothing)
+        logits = ctx.saved_tensors  # also raises if they were changed in place since
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            *_, gradients = _OPS.multi_exit_loss.default(
+                [z.detach() for z in logits], *rest[:-1], list(wanted), rest[-1]
+            )
+        _OPS.scale_.default(gradients, upstream, rest[-1])
+        return (None, *_spread(gradients, wanted), *nothing)
+
+
+class _TracedMultiExitLoss(torch.autograd.Function):
+    """The same under torch.compile: no state, and the scaling is left to the compiler to fuse."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *inputs: Any) -> tuple[Tensor, ...]:
+        logits, rest = inputs[:count], inputs[count:]
+        wanted = [z.requires_grad for z in logits]
+        *values, gradients = _OPS.multi_exit_loss.default(
+            list(logits), *rest[:-1], wanted, rest[-1]
+        )
+        ctx.wanted, ctx.others = tuple(wanted), len(rest)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*values[1:])
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *unused: Any) -> tuple[Any, ...]:
+        gradients = [g * upstream.to(g.dtype) for g in ctx.saved_tensors]
+        return (None, *_spread(gradients, ctx.wanted), *(None,) * ctx.others)
+
+
+def multi_exit_loss(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    """The op with its gradient. `rest` is the schema's order, less `gradient`."""
+    if not _wants_gradient(logits):
+        detached = [z.detach() for z in logits]
+        return _OPS.multi_exit_loss.default(detached, *rest[:-1], [], rest[-1])[:-1]
+    function = _TracedMultiExitLoss if torch.compiler.is_compiling() else _MultiExitLoss
+    return function.apply(len(logits), *logits, *rest)
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, *inputs: Any) -> tuple[Tensor, Tensor]:
+        logits, rest = inputs[:count], inputs[count:]
+        cross_entropy, divergence, lse = _OPS.multi_exit_row_losses.default(list(logits), *rest)
+        ctx.wanted, ctx.rest = tuple(z.requires_grad for z in logits), rest
+        ctx.save_for_backward(lse, *logits)
+        return cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, grad_ce: Tensor, grad_divergence: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order("multi_exit_row_losses")
+        lse, *logits = ctx.saved_tensors
+        rest = ctx.rest
+        gradients = _OPS.multi_exit_row_losses_backward.default(
+            grad_ce, grad_divergence, lse, logits, *rest[:-1], list(ctx.wanted), rest[-1]
+        )
+        return (None, *_spread(gradients, ctx.wanted), *(None,) * len(rest))
+
+
+def multi_exit_row_losses(logits: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    """The op with its gradient. `rest` is the schema's order."""
+    if not _wants_gradient(logits):
+        return _OPS.multi_exit_row_losses.default([z.detach() for z in logits], *rest)[:2]
+    return _RowLosses.apply(len(logits), *logits, *rest)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, temperature: Tensor, log: bool, executor: str, *logits: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = _OPS.multi_exit_softmax.default(list(logits), temperature, log, executor)
+        ctx.arguments, ctx.wanted = (temperature, log, executor), ctx.needs_input_grad[3:]
+        ctx.save_for_backward(*outputs)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order("multi_exit_softmax")
+        gradients = _OPS.multi_exit_softmax_backward.default(
+            list(upstream), list(ctx.saved_tensors), *ctx.arguments
+        )
+        kept = [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
+        return (None, None, None, *kept)
+
+
+def multi_exit_softmax(
+    logits: list[Tensor], temperature: Tensor, log: bool, executor: str
+) -> tuple[Tensor, ...] | list[Tensor]:
+    """The op with its gradient."""
+    if not _wants_gradient(logits):
+        z = [t.detach() for t in logits]
+        return _OPS.multi_exit_softmax.default(z, temperature, log, executor)
+    return _Softmax.apply(temperature, log, executor, *logits)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes: the registry of ops x executors, the choice between them, and the reasons.
+
+An executor is a module with one function per op it serves, named like the op, and `reason()`:
+None when it can run here, else one sentence. Executors are probed on first use; the answer and
+its reason are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# Module of each executor, and the device types it serves.
+EXECUTORS = {
+    "eager": ("msdkern.executors.eager", None),
+    "cpu": ("msdkern.executors.native", "cpu"),
+}
+# Which executor is tried first on which device; any other device gets `eager`.
+PREFERENCE = {"cpu": ("cpu", "eager")}
+
+_forced: str | None = os.environ.get("MSDKERN_EXECUTOR") or None
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(EXECUTORS[name][0])
+
+
+@functools.cache
+def reason(name: str) -> str | None:
+    """Why the executor cannot run on this machine, or None when it can."""
+    return _module(name).reason()
+
+
+def _refusal(op: str, name: str, device: str) -> str | None:
+    """Why this executor cannot serve this op on this device, or None."""
+    if name not in EXECUTORS:
+        return f"unknown executor {name!r} (known: {', '.join(EXECUTORS)})"
+    serves = EXECUTORS[name][1]
+    if serves not in (None, device):
+        return f"executor {name!r} serves {serves} tensors; got {device}"
+    if reason(name) is None and not hasattr(_module(name), op):
+        return f"executor {name!r} does not serve this op"
+    return reason(name)
+
+
+@functools.cache
+def _decide(op: str, device: str, forced: str | None) -> tuple[str, str | None]:
+    """The executor that serves, and why it cannot where it was forced."""
+    if forced is not None:
+        return forced, _refusal(op, forced, device)
+    order = PREFERENCE.get(device, ("eager",))
+    return next(name for name in order if _refusal(op, name, device) is None), None
+
+
+@torch.compiler.assume_constant_result  # probing imports modules, which cannot be traced
+def _serve(op: str, device: str, forced: str | None) -> tuple[str, str | None]:
+    return _decide(op, device, forced)
+
+
+def select(op: str, device: str) -> str:
+    """The executor for this op on this device type. An explicit choice never falls back."""
+    name, refusal = _serve(op, device, _forced)
+    if refusal is not None:
+        raise RuntimeError(f"{op}: the executor that was asked for cannot serve; {refusal}")
+    return name
+
+
+@functools.cache
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """The executor's function for a registered op."""
+    return getattr(_module(name), op)
+
+
+@contextlib.contextmanager
+def executor(name: str) -> Iterator[None]:
+    """Make every op inside the block run on this executor, or raise if it cannot serve.
+
+    Process-wide. The environment variable MSDKERN_EXECUTOR sets the choice from the start.
+    """
+    global _forced
+    if name not in EXECUTORS:
+        known = ", ".join(EXECUTORS)
+        raise ValueError(f"executor: name must be one of {known}; got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+OPS = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_statistics")
+
+
+def table() -> dict[str, dict[str, str | None]]:
+    """op -> executor -> None when available, else the reason why not."""
+    return {op: {name: reason(name) for name in EXECUTORS} for op in OPS}
+
+
+def explain() -> str:
+    """The table op x executor as text: available, or the reason why not."""
+    rows = [f"{'op':<24}" + "".join(f"{name:<12}" for name in EXECUTORS)]
+    for op, cells in table().items():
+        marks = ("available" if why is None else "no" for why in cells.values())
+        rows.append(f"{op:<24}" + "".join(f"{mark:<12}" for mark in marks))
+    rows += [f"{name}: {why}" for name in EXECUTORS if (why := reason(name))]
+    if _forced is not None:
+        rows.append(f"executor {_forced!r} was asked for; nothing else will serve")
+    return "\n".join(line.rstrip() for line in rows)

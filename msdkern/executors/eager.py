@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executor `eager`: the formulas of msdkern/reference.py, with the gradients in closed form.
+
+Runs wherever PyTorch runs, in any build of it. It is the truth the other executors are tested
+against, and what serves when no kernel can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdkern import reference
+
+
+def reason() -> str | None:
+    return None
+
+
+def _unstack(logits: Sequence[Tensor]) -> list[Tensor]:
+    return list(logits[0].unbind(0)) if logits[0].dim() == 3 else list(logits)
+
+
+def _check_values(op: str, temperature: Tensor, target: Tensor | None, classes: int, skip: int) -> None:
+    """Checks of values, where reading them needs no synchronisation with a GPU."""
+    if temperature.device.type == "cpu" and not temperature.item() > 0:
+        raise ValueError(f"{op}: temperature must be positive; got {temperature.item()}")
+    if target is None or target.is_floating_point() or target.device.type != "cpu":
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != skip)
+    if wrong.any():
+        rule = f"labels must be in [0, {classes}) or ignore_index = {skip}"
+        raise ValueError(f"{op}: {rule}; got {target[wrong][0].item()}")
+
+
+class _Rows:
+    """One call's arguments in the order of the schema, and the per-row terms of (3)."""
+
+    def __init__(
+        self,
+        op: str,
+        logits: Sequence[Tensor],
+        teacher_logits: Sequence[Tensor],
+        target: Tensor | None,
+        exit_weight: Tensor | None,
+        pairs: str,
+        pair_weight: Tensor | None,
+        pair_scale: Tensor,
+        temperature: Tensor,
+        temperature_squared: bool,
+        divergence: str,
+        beta: float,
+        detach_teacher: bool,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> None:
+        self.logits = z = _unstack(logits)
+        self.teachers, self.target = teacher_logits, target
+        self.class_weight, self.ignore_index = class_weight, ignore_index
+        self.label_smoothing = label_smoothing
+        rows, classes = z[0].shape
+        _check_values(op, temperature, target, classes, ignore_index)
+        like = torch.empty(
+            (), dtype=reference.accumulation_dtype(z[0].dtype), device=z[0].device
+        )
+        self.temperature = temperature.to(like)
+        self.scale = pair_scale.to(like)
+        if temperature_squared:
+            self.scale = self.scale * self.temperature.square()
+        self.divergence = (divergence, beta, detach_teacher)
+        self.exit_weight = like.new_ones(1, 1) if exit_weight is None else exit_weight
+        self.exit_weight = self.exit_weight.reshape(self.exit_weight.shape[0], -1)
+        self.weight = self._weights(pairs, pair_weight, like)
+        self.valid = reference.valid_rows(target, rows, ignore_index, like)
+
+    def _weights(self, pairs: str, pair_weight: Tensor | None, like: Tensor) -> Tensor:
+        """W as [K, K + E, N] or [K, K + E, 1]."""
+        if pair_weight is None:
+            matrix = reference.pair_weight_matrix(pairs, len(self.logits))
+            pair_weight = torch.tensor(matrix, dtype=like.dtype, device=like.device)
+            pair_weight = torch.nn.functional.pad(pair_weight, (0, len(self.teachers)))
+        return pair_weight if pair_weight.dim() == 3 else pair_weight.unsqueeze(-1)
+
+    def cross_entropy(self) -> Tensor:
+        """CE_k[n], 0 on ignored rows: [K, N]."""
+        if self.target is None:
+            return self.valid.new_zeros(len(self.logits), len(self.valid))
+        options = (self.class_weight, self.ignore_index, self.label_smoothing)
+        return torch.stack(
+            [reference.cross_entropy(z, self.target, *options) for z in self.logits]
+        )
+
+    def divergences(self, every_pair: bool = False) -> Tensor:
+        """D_ij[n], 0 on ignored rows: [K, K + E, N]. Pairs without weight are left 0."""
+        wanted = [[every_pair or bool(w.any()) for w in row] for row in self.weight]
+        matrix = reference.divergence_matrix(
+            self.logits, self.teachers, self.temperature, *self.divergence, wanted
+        )
+        # where(), not a product: an ignored row stays 0 also where its terms are not finite.
+        return torch.where(self.valid > 0, matrix, 0.0)
+
+    def weighted(self, divergences: Tensor) -> Tensor:
+        """s sum_j W_ij[n] D_ij[n]: [K, N]."""
+        return self.scale * reference.weigh(self.weight, divergences).sum(1)
+
+    def gradients(self, of_ce: Tensor, of_divergence: Tensor, wanted: Sequence[bool]) -> list:
+        """dL/dz for upstream gradients [K, N] of a_k CE_k and of s sum_j W_ij D_ij."""
+        coefficient = (of_divergence * self.scale).unsqueeze(1) * self.weight
+        result = reference.divergence_gradients(
+            self.logits, self.teachers, self.temperature, *self.divergence, coefficient
+        )
+        if self.target is not None:
+            options = (self.class_weight, self.label_smoothing)
+            of_ce = of_ce * self.exit_weight
+            for k, z in enumerate(self.logits):
+                g = reference.cross_entropy_gradient(z, self.target, *options)
+                result[k] = result[k] + reference.weigh(of_ce[k].unsqueeze(-1), g)
+        keep = (self.valid > 0).unsqueeze(-1)
+        result = [torch.where(keep, g, 0.0).to(self.logits[0].dtype) for g in result]
+        if len(wanted) == 1 and len(result) != 1:
+            return [torch.stack(result)]
+        return [g for g, want in zip(result, wanted, strict=True) if want]
+
+
+def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...]:
+    *row_arguments, reduction, normalizer, pair_divergence, gradient = arguments
+    rows = _Rows("multi_exit_loss", logits, *row_arguments)
+    ce, divergences = rows.cross_entropy(), rows.divergences(pair_divergence)
+    weighted = rows.weighted(divergences)
+    mean_ce, mean_rows = reference.mean_factors(
+        rows.target, rows.valid, rows.class_weight, rows.ignore_index
+    )
+    one = torch.ones_like(mean_ce)
+    r_ce, r_rows = (mean_ce, mean_rows) if reduction == "mean" else (one, one)
+    if normalizer is not None:
+        r_ce = r_rows = one / normalizer.to(one)
+    statistics = [reference.statistics(z) for z in rows.logits]
+    upstream = (r_ce.expand_as(ce), r_rows.expand_as(ce))
+    return (
+        (r_ce * rows.exit_weight * ce).sum() + (r_rows * weighted).sum(),
+        (mean_ce * ce).sum(-1),
+        (mean_rows * weighted).sum(-1),
+        (mean_rows * divergences).sum(-1) if pair_divergence else ce.new_empty(0),
+        torch.stack([s[2] for s in statistics]),
+        torch.stack([s[1] for s in statistics]),
+        rows.gradients(*upstream, gradient) if any(gradient) else [],
+    )
+
+
+def multi_exit_row_losses(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    rows = _Rows("multi_exit_row_losses", logits, *arguments)
+    divergence = rows.weighted(rows.divergences())
+    everyone = (*rows.logits, *rows.teachers)
+    lse = [torch.logsumexp(z.to(divergence.dtype), -1) for z in rows.logits]
+    lse += [torch.logsumexp(z.to(divergence.dtype) / rows.temperature, -1) for z in everyone]
+    return rows.exit_weight * rows.cross_entropy(), divergence, torch.stack(lse)
+
+
+def multi_exit_row_losses_backward(
+    grad_cross_entropy: Tensor, grad_divergence: Tensor, lse: Tensor, *arguments: Any
+) -> list[Tensor]:
+    *row_arguments, gradient = arguments
+    rows = _Rows("multi_exit_row_losses", *row_arguments)
+    return rows.gradients(grad_cross_entropy, grad_divergence, gradient)
+
+
+def multi_exit_softmax(logits: Sequence[Tensor], temperature: Tensor, log: bool) -> list[Tensor]:
+    _check_values("multi_exit_softmax", temperature, None, 0, 0)
+    result = []
+    for z in logits:
+        log_p = reference.log_softmax(z, temperature.to(z.device))
+        result.append((log_p if log else log_p.exp()).to(z.dtype).contiguous())
+    return result
+
+
+def multi_exit_softmax_backward(
+    gradients: Sequence[Tensor], outputs: Sequence[Tensor], temperature: Tensor, log: bool
+) -> list[Tensor]:
+    """softmax: p (g - sum_c g p) / T. log_softmax: (g - p sum_c g) / T."""
+    result = []
+    for g, y in zip(gradients, outputs, strict=True):
+        dtype = reference.accumulation_dtype(y.dtype)
+        g, y = g.to(dtype), y.to(dtype)
+        if log:
+            z = g - y.exp() * g.sum(-1, keepdim=True)
+        else:
+            z = y * (g - (g * y).sum(-1, keepdim=True))
+        result.append((z / temperature.to(z)).to(outputs[0].dtype).contiguous())
+    return result
+
+
+def exit_statistics(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    columns = zip(*(reference.statistics(z) for z in _unstack(logits)), strict=True)
+    return tuple(torch.stack(column) for column in columns)
+
+
+def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    for t in tensors:
+        t.mul_(factor)

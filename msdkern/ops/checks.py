@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op asks of its arguments. Each rule is one sentence: op, rule, the value that broke it.
+
+The checks read only what Python knows of a tensor (type, shape, dtype, device): no host
+synchronisation. Values are checked by the executors (labels, temperatures held in tensors).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+MAX_EXITS = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: object) -> str:
+    """A tensor as `int32 [64]`, anything else by its value."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)} x {describe(value[0])}" if value else "an empty sequence"
+    return repr(value)
+
+
+def fail(op: str, rule: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{op}: {rule}; got {describe(value)}")
+
+
+def plain(op: str, name: str, tensor: object) -> Tensor:
+    """A dense tensor on one device: not sparse, not quantised, not a DTensor."""
+    if not isinstance(tensor, Tensor):
+        fail(op, f"{name} must be a tensor", type(tensor).__name__, TypeError)
+    if tensor.layout != torch.strided:
+        fail(op, f"{name} must be dense", str(tensor.layout), TypeError)
+    if type(tensor) is not Tensor and hasattr(tensor, "placements"):
+        fail(op, f"{name} must be a plain tensor (call .full_tensor() first)", "a DTensor", TypeError)
+    return tensor
+
+
+def rows_and_classes(op: str, logits: Sequence[Tensor]) -> tuple[int, int, int]:
+    """K, N and C of a list of [N, C] tensors or of one [K, N, C]; every tensor alike."""
+    first = plain(op, "logits", logits[0])
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if dtype not in DTYPES:
+        fail(op, "logits must be float32, bfloat16, float16 or float64", first, TypeError)
+    for z in logits:
+        if z is not first and not (
+            type(z) is type(first)
+            and z.shape == shape
+            and z.dtype == dtype
+            and z.device == device
+            and z.layout == first.layout
+        ):
+            plain(op, "logits", z)
+            if z.shape != shape or z.dtype != dtype or z.device != device:
+                rule = "all exits must have the same shape, dtype and device"
+                fail(op, rule, f"{describe(first)} on {device} and {describe(z)} on {z.device}")
+    exits = len(logits) if len(shape) == 2 else shape[0]
+    if not 1 <= exits <= MAX_EXITS:
+        fail(op, f"the number of exits must be between 1 and {MAX_EXITS}", exits)
+    if shape[-1] < 1:
+        fail(op, "logits must have at least one class", first)
+    return exits, shape[-2], shape[-1]
+
+
+def exits(op: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """K tensors [N, C] as a list, or one tensor [K, N, C] as a list of one."""
+    if isinstance(logits, Tensor):
+        if logits.dim() != 3:
+            fail(op, "logits must be a sequence of [N, C] tensors or one [K, N, C] tensor", logits)
+        return [logits]
+    if not isinstance(logits, (list, tuple)) or not logits:
+        rule = "logits must be a sequence of [N, C] tensors or one [K, N, C] tensor"
+        fail(op, rule, logits if isinstance(logits, (list, tuple)) else type(logits).__name__)
+    if not isinstance(logits[0], Tensor) or logits[0].dim() != 2:
+        fail(op, "each exit's logits must be a tensor [N, C]", logits[0])
+    return list(logits)
+
+
+def no_gradient(op: str, name: str, value: object) -> None:
+    """Refuse a gradient that would silently be dropped."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        fail(op, f"{name} must not require a gradient (detach it)", value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a one-element tensor as a 0-d tensor.
+
+    A number becomes a CPU constant, which kernels receive by value. While a graph is being
+    compiled it becomes a tensor on the device of the logits, so that another value needs no
+    other graph.
+    """
+    if isinstance(value, Tensor):
+        no_gradient(op, name, plain(op, name, value))
+        if value.dim() != 0 or not (value.is_floating_point() or name == "normalizer"):
+            fail(op, f"{name} must be a number or a 0-d floating-point tensor", value)
+        return value
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        fail(op, f"{name} must be a number or a 0-d tensor", value, TypeError)
+    if torch.compiler.is_compiling():
+        return torch.full((), value, dtype=torch.float64, device=like.device)
+    return _constant(float(value))
+
+
+def positive(op: str, name: str, value: float | Tensor) -> None:
+    if not isinstance(value, Tensor) and not (value > 0 and value < math.inf):
+        fail(op, f"{name} must be positive and finite", value)
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        fail(op, f"{name} must be one of {', '.join(allowed)}", value)
