@@ -88,7 +88,7 @@ class CMakeBuild(build_ext):
         tool = shutil.which("cmake", path=path)
         if tool is None:
             raise SystemExit("msdkern: no cmake; fix: pip install cmake ninja pybind11")
-        configure = [tool, "-S", ROOT, "-B", self.work, "-G", "Ninja"]
+        configure = [tool, "-S", ROOT, "-B", self.work, "-G", "Ninja", "-U*Python*", "-UPYTHON*"]
         configure += [f"-D{name}={value}" for name, value in define.items()]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         settings, note = f"{env['CXX']} {configure}", self.work / "settings.txt"
