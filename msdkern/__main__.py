@@ -1,8 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m msdkern``."""
 
-import sys
-
-from msdkern.cli import main
+from msdkern.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

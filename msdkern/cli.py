@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: one table of commands, each imported only when it is chosen."""
 
 from __future__ import annotations
@@ -61,3 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130
+
+
+def entry() -> None:
+    """The ``msdkern`` command."""
+    sys.exit(main())

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network knows at every exit, and the command that reads it from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from msdkern.cli import CommandError
+from msdkern.train import checkpoint, data
+from msdkern.train.batches import Normalise, in_order
+from msdkern.train.config import TrainConfig
+from msdkern.train.data import Dataset
+
+if TYPE_CHECKING:
+    from msdkern.models import MultiExitNetwork
+
+BATCH_SIZE = 512  # one size for train and evaluate: their tables are equal to the last digit
+
+
+@torch.no_grad()
+def evaluate(
+    model: MultiExitNetwork, dataset: Dataset, config: TrainConfig, device: torch.device
+) -> dict[str, Any]:
+    """Every exit on the held-out rows.
+
+    Returns ``{"exits": [{"exit": 1.., "accuracy", "cross_entropy", "confidence", "madds"}, ...],
+    "rows": N}`` and ``"best_accuracy"`` where it is known. Cross entropy and confidence are means
+    over rows; madds are multiply-adds of one image up to that exit. Leaves the model in
+    evaluation mode.
+    """
+    import msdkern
+    from msdkern import models
+
+    model.eval()
+    sums = torch.zeros(3, model.exits, dtype=torch.float64)
+    normalise = Normalise(dataset, device, config.channels_last)
+    for images, labels in in_order(dataset.held_out, normalise, BATCH_SIZE, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            logits = model(images)
+        known = msdkern.exit_statistics(logits)
+        at_label = torch.stack([z.gather(1, labels[:, None])[:, 0].float() for z in logits])
+        batch = (known.prediction == labels, known.lse - at_label, known.confidence)
+        sums += torch.stack([value.cpu().double().sum(1) for value in batch])
+    rows = len(dataset.held_out)
+    accuracy, cross_entropy, confidence = (sums / rows).tolist()
+    madds = models.multiply_adds(model, dataset.input_shape)
+    columns = zip(accuracy, cross_entropy, confidence, madds, strict=True)
+    names = ("accuracy", "cross_entropy", "confidence", "madds")
+    exits = [
+        {"exit": number, **dict(zip(names, values, strict=True))}
+        for number, values in enumerate(columns, 1)
+    ]
+    known_best = {} if dataset.best_accuracy is None else {"best_accuracy": dataset.best_accuracy}
+    return {"exits": exits, "rows": rows, **known_best}
+
+
+def evaluate_checkpoint(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The report of the checkpoint at ``path``; ``given`` replaces fields of its config."""
+    from msdkern.train.run import build_model, choose_executor, config_of, pick_device, place
+
+    state = checkpoint.load(path)
+    config = replace(config_of(state), **given)
+    dataset = data.load(config)
+    if dataset.fingerprint != state["fingerprint"]:
+        raise CommandError(
+            f"{path}: was trained on other images than those of --data {config.data}; for another"
+            " folder pass --root"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    model = build_model(config, len(dataset.classes), dataset.input_shape[0])
+    model.load_state_dict(state["model"])
+    with choose_executor(config.executor):
+        started = time.perf_counter()
+        report = evaluate(place(model, device, config), dataset, config, device)
+        seconds = time.perf_counter() - started
+    return {**report, "checkpoint": str(path), "seconds": seconds}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a file that msdkern train wrote, such as last.pt")
+    for name, text in (
+        ("root", "folder of the images, if they have moved"),
+        ("device", "cpu, cuda, ...; auto takes a GPU if there is one"),
+        ("executor", "who computes: auto, eager, cpu, ..."),
+    ):
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
+    parser.add_argument("--threads", type=int, default=argparse.SUPPRESS, help="CPU threads")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``msdkern evaluate``: the table that train printed at its end."""
+    from msdkern.train.report import table
+
+    names = ("root", "device", "executor", "threads")
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    report = evaluate_checkpoint(Path(args.checkpoint), given)
+    print(table(report))
+    if args.json:
+        print(json.dumps(report))
+    sys.stdout.flush()
+    return 0

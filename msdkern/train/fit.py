@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: steps, epochs, checkpoints, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdkern.cli import CommandError
+from msdkern.train import checkpoint, data
+from msdkern.train.config import TrainConfig, check_fields
+from msdkern.train.evaluate import evaluate
+from msdkern.train.files import FolderLock, write_atomically
+from msdkern.train.log import Log, Progress
+from msdkern.train.run import Run, choose_executor
+
+LogCallable = Callable[[dict[str, Any], int], object]
+
+
+def fit(
+    config: TrainConfig, resume: bool = False, log: LogCallable | None = None
+) -> dict[str, Any]:
+    """Trains as ``config`` says, in ``config.out``, and returns the report of its last epoch.
+
+    Args:
+        config: what to train; ``config.out`` must name a folder.
+        resume: continue the run in that folder, to the bits it would have reached undisturbed;
+            a finished run returns its report, an empty folder starts a new run.
+        log: also called with every record of ``log.jsonl`` and its step.
+
+    Returns:
+        ``{"exits": [{"exit", "accuracy", "cross_entropy", "confidence", "madds"}, ...],
+        "checkpoint", "seconds", ...}``, also written to ``result.json``.
+
+    Raises:
+        CommandError: in one sentence, for all that the caller can mend.
+        OSError: when the disk is full; the checkpoints of the run stay whole.
+    """
+    folder = Path(config.out)
+    with FolderLock(folder), choose_executor(config.executor):
+        if resume and (folder / "result.json").exists():
+            return read_json(folder / "result.json")
+        if not resume:
+            refuse_used(folder)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        progress = Progress(0, 0, 0, config.quiet)
+        state = checkpoint.load_newest(folder, progress.say) if resume else None
+        run = Run(config, data.load(config))
+        if state is not None:
+            run.restore(state)
+        write_json(folder / "config.json", config.to_dict())
+        return train(run, folder, state["log_size"] if state else 0, log)
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises ``CommandError`` if ``folder`` holds a run already, finished or not."""
+    if (folder / "result.json").exists():
+        raise CommandError(
+            f"{folder}: holds a finished run; choose another --out, or print it again with"
+            f" `msdkern evaluate {folder / checkpoint.LAST}`"
+        )
+    if (folder / "config.json").exists():
+        raise CommandError(
+            f"{folder}: holds a run that has not finished; continue it with --resume or choose"
+            " another --out"
+        )
+
+
+def stored_config(folder: Path) -> TrainConfig | None:
+    """The config that a run in ``folder`` began with, or None if there is none."""
+    path = folder / "config.json"
+    return TrainConfig(**check_fields(read_json(path), str(path))) if path.exists() else None
+
+
+def train(run: Run, folder: Path, log_size: int, extra: LogCallable | None) -> dict[str, Any]:
+    """All epochs that are left."""
+    config = run.config
+    rows_per_step = config.batch_size * config.accumulate
+    progress = Progress(run.total_steps, run.step, rows_per_step, config.quiet)
+    log = Log(folder / "log.jsonl", log_size)
+
+    def record(entry: dict[str, Any]) -> None:
+        log.write(entry)
+        if extra is not None:
+            extra(entry, run.step)
+
+    def save() -> None:
+        checkpoint.save(folder, run.state(log.sync()))
+
+    held_out: dict[str, Any] | None = None
+    try:
+        while run.epoch < config.epochs:
+            train_epoch(run, progress, record, save)
+            held_out = evaluate(run.model, run.dataset, config, run.device)
+            end_epoch(run, progress, record, held_out)
+            save()
+        if held_out is None:
+            held_out = evaluate(run.model, run.dataset, config, run.device)
+    finally:
+        progress.close()
+        log.close()
+    report = {
+        **held_out,
+        "checkpoint": str(folder / checkpoint.LAST),
+        "seconds": run.seconds,
+    }
+    write_json(folder / "result.json", report)
+    return report
+
+
+def train_epoch(
+    run: Run,
+    progress: Progress,
+    record: Callable[[dict[str, Any]], None],
+    save: Callable[[], None],
+) -> None:
+    """The steps of one epoch that are left, with their log lines and checkpoints."""
+    config = run.config
+    run.model.train()
+    batches = run.batches.epoch(run.epoch, run.batch)
+    clock = Clock(run)
+    while group := list(islice(batches, config.accumulate)):
+        train_step(run, group)
+        run.step += 1
+        run.batch += config.accumulate
+        progress.advance(config.batch_size * config.accumulate)
+        if run.step % config.log_every == 0:
+            means = finite(run)
+            progress.show(means)
+            record(
+                {
+                    "kind": "steps",
+                    "epoch": run.epoch + 1,
+                    "step": run.step,
+                    "lr": run.optimizer.param_groups[0]["lr"],
+                    **means,
+                    "rows_per_second": clock.lap(),
+                }
+            )
+            run.interval_meter.clear()
+        if config.checkpoint_every and run.step % config.checkpoint_every == 0:
+            finite(run)
+            clock.stop()
+            save()
+            clock.start()
+    clock.stop()
+
+
+def train_step(run: Run, group: list[tuple[Tensor, Tensor]]) -> None:
+    """Forward and backward of every batch of the group, then one step of the optimiser.
+
+    Each batch's loss is divided by the valid rows of the whole group, so that the gradients add
+    up to those of one large batch.
+    """
+    run.prepare_step()
+    counts = [(labels >= 0).sum() for _, labels in group]
+    valid = torch.stack(counts).sum() if len(group) > 1 else None
+    for images, labels in group:
+        loss, logits = run.forward(images, labels, valid)
+        loss.backward()
+        measure(run, loss.detach(), logits, labels, len(group))
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def measure(run: Run, loss: Tensor, logits: list[Tensor], labels: Tensor, parts: int) -> None:
+    """Adds a batch to the meters; nothing waits for the device."""
+    correct = torch.stack([(z.argmax(1) == labels).sum() for z in logits])
+    for meter in (run.interval_meter, run.epoch_meter):
+        meter.add(loss * parts, correct, run.criterion.terms["cross_entropy"], len(labels))
+
+
+def finite(run: Run) -> dict[str, Any]:
+    """The means since the last log line; raises ``CommandError`` if the loss has exploded."""
+    means = run.interval_meter.read()
+    if not math.isfinite(means["loss"]):
+        raise CommandError(
+            f"the loss is {means['loss']} at step {run.step}: try a smaller --lr than"
+            f" {run.config.lr:g}, or a longer --warmup"
+        )
+    return means
+
+
+def end_epoch(
+    run: Run,
+    progress: Progress,
+    record: Callable[[dict[str, Any]], None],
+    held_out: dict[str, Any],
+) -> None:
+    """Logs the epoch and moves on to the next."""
+    means = run.epoch_meter.read()
+    names = ("accuracy", "cross_entropy", "confidence")
+    entry = {
+        "kind": "epoch",
+        "epoch": run.epoch + 1,
+        "step": run.step,
+        **means,
+        "held_out": {name: [row[name] for row in held_out["exits"]] for name in names},
+        "seconds": run.seconds,
+        "rows_per_second": run.step * run.config.batch_size * run.config.accumulate / run.seconds,
+    }
+    record(entry)
+    progress.end_epoch(entry, run.config.epochs)
+    run.epoch, run.batch = run.epoch + 1, 0
+    run.epoch_meter.clear()
+    if not math.isfinite(means["loss"]):
+        finite(run)
+
+
+class Clock:
+    """Adds the time that training takes, and only that, to ``run.seconds``."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.lap_seconds, self.lap_step = run, run.seconds, run.step
+        self.start()
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def stop(self) -> None:
+        now = time.perf_counter()
+        self.run.seconds += now - self.since
+        self.since = now
+
+    def lap(self) -> float:
+        """Rows per second since the lap before."""
+        self.stop()
+        config = self.run.config
+        rows = (self.run.step - self.lap_step) * config.batch_size * config.accumulate
+        rate = rows / (self.run.seconds - self.lap_seconds)
+        self.lap_seconds, self.lap_step = self.run.seconds, self.run.step
+        return rate
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CommandError(f"{path}: not a JSON file") from None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells: one JSON object per line in a file, and one line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Log:
+    """``log.jsonl``, cut back to what the checkpoint knew and continued from there.
+
+    The run repeats the steps after its checkpoint, and so their lines: cutting first is what
+    keeps any line from being lost or written twice.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self.file = open(path, "ab")  # noqa: SIM115 - closed by the run
+        self.file.truncate(min(size, self.file.tell()))
+        self.file.seek(0, os.SEEK_END)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Makes all lines durable and returns the file's size, for the checkpoint."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``log.jsonl``; a last line cut short by a kill is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+class Meter:
+    """Sums over rows that stay on the device until somebody reads them."""
+
+    def __init__(self, exits: int, device: torch.device) -> None:
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2 + 2 * exits, dtype=kind, device=device)
+        self.exits = exits
+
+    def add(self, loss: Tensor, correct: Tensor, cross_entropy: Tensor, rows: int) -> None:
+        """A batch's mean loss, right answers ``[K]`` and mean cross entropies ``[K]``."""
+        mean = torch.cat([loss.reshape(1), cross_entropy]).to(self.sums.dtype) * rows
+        self.sums += torch.cat([mean.new_full((1,), rows), mean[:1], correct.to(mean), mean[1:]])
+
+    def read(self) -> dict[str, Any]:
+        """The means so far. On a GPU this waits for the device."""
+        rows, loss, *rest = self.sums.tolist()
+        rows = max(rows, 1.0)
+        return {
+            "loss": loss / rows,
+            "accuracy": [value / rows for value in rest[: self.exits]],
+            "cross_entropy": [value / rows for value in rest[self.exits :]],
+        }
+
+    def clear(self) -> None:
+        self.sums.zero_()
+
+
+class Progress:
+    """A line that rewrites itself on a terminal; elsewhere one line per epoch."""
+
+    def __init__(self, total: int, done: int, batch_rows: int, quiet: bool) -> None:
+        self.quiet, self.bar = quiet, None
+        if quiet or not sys.stderr.isatty():
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self.bar = tqdm(
+            total=total * batch_rows,
+            initial=done * batch_rows,
+            unit="row",
+            unit_scale=True,
+            dynamic_ncols=True,
+            leave=False,
+            file=sys.stderr,
+        )
+
+    def advance(self, rows: int) -> None:
+        if self.bar is not None:
+            self.bar.update(rows)
+
+    def show(self, means: dict[str, Any]) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(
+                f"loss {means['loss']:.3f}, accuracy {percents(means['accuracy'])}", refresh=False
+            )
+
+    def end_epoch(self, record: dict[str, Any], epochs: int) -> None:
+        if self.quiet:
+            return
+        text = (
+            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}  loss {record['loss']:.4f}"
+            f"  held out {percents(record['held_out']['accuracy'])}"
+            f"  {record['rows_per_second']:,.0f} rows/s"
+        )
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """One line on standard error, above the progress line if there is one."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def percents(values: Sequence[float]) -> str:
+    """``97.2 98.1 98.6 %``: one number per exit, shallow to deep."""
+    return " ".join(f"{100 * value:.1f}" for value in values) + " %"

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that moves during a run, and its journey into a checkpoint and back."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from msdkern.cli import CommandError
+from msdkern.train import checkpoint
+from msdkern.train.batches import TrainBatches
+from msdkern.train.config import TrainConfig, check_fields
+from msdkern.train.data import Dataset
+from msdkern.train.log import Meter
+
+if TYPE_CHECKING:
+    from msdkern.models import MultiExitNetwork
+    from msdkern.nn import MultiExitLoss
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is a GPU if there is one. Raises ``CommandError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CommandError(f"--device: {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def choose_executor(name: str) -> contextlib.AbstractContextManager:
+    """Who computes the losses; "auto" leaves it to msdkern. Raises ``CommandError``."""
+    from msdkern import executors
+
+    if name == "auto":
+        return contextlib.nullcontext()
+    known = executors.table()["multi_exit_loss"]
+    if name not in known:
+        raise CommandError(f"--executor: must be one of auto, {', '.join(known)}; got {name!r}")
+    if known[name] is not None:
+        raise CommandError(f"--executor: {name} cannot serve: {known[name]}")
+    return executors.executor(name)
+
+
+def build_model(config: TrainConfig, classes: int, channels: int) -> MultiExitNetwork:
+    """The network that ``config`` names, its weights drawn from the seed.
+
+    Raises ``CommandError`` for an unknown name or option.
+    """
+    from msdkern import models
+
+    options: dict[str, Any] = {} if config.width is None else {"width": config.width}
+    try:
+        torch.manual_seed(config.seed)
+        model = models.create(config.model, classes, channels, **options)
+        if config.exits is None or config.exits == model.exits:
+            return model
+        if config.exits > model.exits:
+            raise CommandError(
+                f"--exits: {config.model} has at most {model.exits}; got {config.exits}"
+            )
+        torch.manual_seed(config.seed)
+        options["at"] = range(model.exits - config.exits, model.exits)
+        return models.create(config.model, classes, channels, **options)
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--model: {error}") from None
+
+
+def place(model: MultiExitNetwork, device: torch.device, config: TrainConfig) -> MultiExitNetwork:
+    """The model on ``device``, its weights in the layout that ``config`` asks for."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def build_criterion(config: TrainConfig, exits: int) -> MultiExitLoss:
+    """The loss that ``config`` names. Raises ``CommandError`` if it cannot be trained with."""
+    from msdkern import nn as losses
+
+    try:
+        criterion = losses.create(config.loss, exits=exits, **config.loss_options())
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--loss: {error}") from None
+    if criterion.needs_teacher:
+        raise CommandError(
+            f"--loss: {config.loss} learns from the logits of another network, which train does"
+            " not have; call msdkern.nn.create in a loop of your own"
+        )
+    return criterion
+
+
+def build_optimizer(config: TrainConfig, modules: list[nn.Module]) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum; only matrices and convolutions decay."""
+    weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    nesterov = config.momentum > 0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The learning rate of a step: a linear rise, then half a cosine down to zero, or constant."""
+    rise = round(config.warmup * total)
+    if step < rise:
+        return config.lr * (step + 1) / rise
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
+
+
+class Run:
+    """Network, loss, optimiser, meters and position; the seed decides all that is random."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        self.config, self.dataset = config, dataset
+        self.device = pick_device(config.device)
+        model = build_model(config, len(dataset.classes), dataset.input_shape[0])
+        self.model = place(model, self.device, config)
+        self.criterion = build_criterion(config, self.model.exits).to(self.device)
+        self.optimizer = build_optimizer(config, [self.model, self.criterion])
+        self.batches = TrainBatches(config, dataset, self.device)
+        self.total_steps = config.epochs * self.batches.steps
+        # Compiled, the network keeps one set of weights: evaluation uses the plain module.
+        self.network = torch.compile(self.model) if config.compile else self.model
+        self.sums = self.criterion.options["reduction"] == "sum"
+        self.epoch, self.batch, self.step = 0, 0, 0
+        self.interval_meter = Meter(self.model.exits, self.device)
+        self.epoch_meter = Meter(self.model.exits, self.device)
+        self.seconds = 0.0
+
+    def prepare_step(self) -> None:
+        """Sets what follows from the step's number: learning rate and the loss's schedules."""
+        rate = learning_rate(self.config, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.criterion.set_progress(self.step / self.total_steps)
+
+    def forward(
+        self, images: Tensor, labels: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss and logits of one batch.
+
+        ``valid`` counts the rows of all batches of the step, or is None if this is the only one.
+        """
+        features = None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            if self.criterion.needs_features:
+                logits, features = self.network(images, features=True)
+            else:
+                logits = self.network(images)
+        # Sums over batches add up by themselves; means must all divide by the rows of the step.
+        divisor = {} if valid is None or self.sums else {"normalizer": valid}
+        return self.criterion(logits, labels, features, **divisor), logits
+
+    def state(self, log_size: int) -> dict[str, Any]:
+        """What a checkpoint holds. Schedule, order and augmentation follow from the position."""
+        return {
+            "config": self.config.to_dict(),
+            "model": self.model.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "meters": [self.interval_meter.sums, self.epoch_meter.sums],
+            "seconds": self.seconds,
+            "log_size": log_size,
+            "random": checkpoint.random_state(),
+            "fingerprint": self.dataset.fingerprint,
+            "classes": list(self.dataset.classes),
+            "input_shape": list(self.dataset.input_shape),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from ``state``. Raises ``CommandError`` if the images are not the same."""
+        if state["fingerprint"] != self.dataset.fingerprint:
+            raise CommandError(
+                f"--resume: the images of --data {self.config.data} are not those the run began"
+                f" with (fingerprint {self.dataset.fingerprint[:12]}, then"
+                f" {state['fingerprint'][:12]})"
+            )
+        self.model.load_state_dict(state["model"])
+        self.criterion.load_state_dict(state["criterion"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.seconds = state["seconds"]
+        for meter, sums in zip(
+            (self.interval_meter, self.epoch_meter), state["meters"], strict=True
+        ):
+            meter.sums.copy_(sums)
+        checkpoint.set_random_state(state["random"])
+
+
+def config_of(state: dict[str, Any]) -> TrainConfig:
+    """The config in a checkpoint, checked like one from a file."""
+    return TrainConfig(**check_fields(state["config"], "checkpoint"))
