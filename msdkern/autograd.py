@@ -4,7 +4,7 @@
 The scalar loss computes its gradient in forward, while the row set is in cache; backward scales
 that buffer by the upstream gradient and hands it out once. A later backward recomputes it from
 the saved logits, so nothing handed out is ever written again. Functions whose outputs have a row
-each save log-sum-exps instead and recompute. None of them can be differentiated twice.
+each save the logits only and recompute. None of them can be differentiated twice.
 """
 
 from __future__ import annotations
@@ -100,18 +100,17 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, count: int, *inputs: Any) -> tuple[Tensor, Tensor]:
         logits, rest = inputs[:count], inputs[count:]
-        cross_entropy, divergence, lse = _OPS.multi_exit_row_losses.default(list(logits), *rest)
+        outputs = _OPS.multi_exit_row_losses.default(list(logits), *rest)
         ctx.wanted, ctx.rest = tuple(z.requires_grad for z in logits), rest
-        ctx.save_for_backward(lse, *logits)
-        return cross_entropy, divergence
+        ctx.save_for_backward(*logits)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_ce: Tensor, grad_divergence: Tensor) -> tuple[Any, ...]:
         _refuse_second_order("multi_exit_row_losses")
-        lse, *logits = ctx.saved_tensors
-        rest = ctx.rest
+        logits, rest = list(ctx.saved_tensors), ctx.rest
         gradients = _OPS.multi_exit_row_losses_backward.default(
-            grad_ce, grad_divergence, lse, logits, *rest[:-1], list(ctx.wanted), rest[-1]
+            grad_ce, grad_divergence, logits, *rest[:-1], list(ctx.wanted), rest[-1]
         )
         return (None, *_spread(gradients, ctx.wanted), *(None,) * len(rest))
 
@@ -119,7 +118,7 @@ class _RowLosses(torch.autograd.Function):
 def multi_exit_row_losses(logits: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     """The op with its gradient. `rest` is the schema's order."""
     if not _wants_gradient(logits):
-        return _OPS.multi_exit_row_losses.default([z.detach() for z in logits], *rest)[:2]
+        return _OPS.multi_exit_row_losses.default([z.detach() for z in logits], *rest)
     return _RowLosses.apply(len(logits), *logits, *rest)
 
 

@@ -252,6 +252,7 @@ def divergence_gradients(
     beta: float,
     detach_teacher: bool,
     coefficient: Tensor,
+    wanted: Sequence[Sequence[bool]],
 ) -> list[Tensor]:
     """(5), (6) d/dz_k of sum_ij sum_n coefficient[i, j, n] D_ij[n], for every exit k."""
     log_q = [log_softmax(z, temperature) for z in (*logits, *teacher_logits)]
@@ -259,7 +260,7 @@ def divergence_gradients(
     totals = [torch.zeros_like(l) for l in log_q[:exits]]
     for i in range(exits):
         for j, weight in enumerate(coefficient[i].unsqueeze(-1)):
-            if not weight.any():
+            if not wanted[i][j]:
                 continue
             of_student, of_teacher = divergence_gradient(log_q[i], log_q[j], divergence, beta)
             totals[i] = totals[i] + weigh(weight, of_student)

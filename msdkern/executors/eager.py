@@ -78,11 +78,14 @@ class _Rows:
         self.valid = reference.valid_rows(target, rows, ignore_index, like)
 
     def _weights(self, pairs: str, pair_weight: Tensor | None, like: Tensor) -> Tensor:
-        """W as [K, K + E, N] or [K, K + E, 1]."""
+        """W as [K, K + E, N] or [K, K + E, 1]; `wanted` tells which pairs count at all."""
         if pair_weight is None:
             matrix = reference.pair_weight_matrix(pairs, len(self.logits))
+            self.wanted = [[w != 0 for w in row] + [False] * len(self.teachers) for row in matrix]
             pair_weight = torch.tensor(matrix, dtype=like.dtype, device=like.device)
             pair_weight = torch.nn.functional.pad(pair_weight, (0, len(self.teachers)))
+        else:
+            self.wanted = [[True] * pair_weight.shape[1]] * pair_weight.shape[0]
         return pair_weight if pair_weight.dim() == 3 else pair_weight.unsqueeze(-1)
 
     def cross_entropy(self) -> Tensor:
@@ -96,7 +99,7 @@ class _Rows:
 
     def divergences(self, every_pair: bool = False) -> Tensor:
         """D_ij[n], 0 on ignored rows: [K, K + E, N]. Pairs without weight are left 0."""
-        wanted = [[every_pair or bool(w.any()) for w in row] for row in self.weight]
+        wanted = [[every_pair or w for w in row] for row in self.wanted]
         matrix = reference.divergence_matrix(
             self.logits, self.teachers, self.temperature, *self.divergence, wanted
         )
@@ -111,8 +114,9 @@ class _Rows:
         """dL/dz for upstream gradients [K, N] of a_k CE_k and of s sum_j W_ij D_ij."""
         coefficient = (of_divergence * self.scale).unsqueeze(1) * self.weight
         result = reference.divergence_gradients(
-            self.logits, self.teachers, self.temperature, *self.divergence, coefficient
-        )
+            self.logits, self.teachers, self.temperature, *self.divergence, coefficient,
+            self.wanted,
+        )  # fmt: skip
         if self.target is not None:
             options = (self.class_weight, self.label_smoothing)
             of_ce = of_ce * self.exit_weight
@@ -153,15 +157,11 @@ def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...
 
 def multi_exit_row_losses(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     rows = _Rows("multi_exit_row_losses", logits, *arguments)
-    divergence = rows.weighted(rows.divergences())
-    everyone = (*rows.logits, *rows.teachers)
-    lse = [torch.logsumexp(z.to(divergence.dtype), -1) for z in rows.logits]
-    lse += [torch.logsumexp(z.to(divergence.dtype) / rows.temperature, -1) for z in everyone]
-    return rows.exit_weight * rows.cross_entropy(), divergence, torch.stack(lse)
+    return rows.exit_weight * rows.cross_entropy(), rows.weighted(rows.divergences())
 
 
 def multi_exit_row_losses_backward(
-    grad_cross_entropy: Tensor, grad_divergence: Tensor, lse: Tensor, *arguments: Any
+    grad_cross_entropy: Tensor, grad_divergence: Tensor, *arguments: Any
 ) -> list[Tensor]:
     *row_arguments, gradient = arguments
     rows = _Rows("multi_exit_row_losses", *row_arguments)

@@ -1,8 +1,293 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executor `cpu`: the C++ kernels. The only file that reads the pointers of tensors."""
+"""Executor `cpu`: the C++ kernels. The only file that reads the addresses of tensors.
+
+Every call arrives here through a registered op, on plain strided CPU tensors that the checks in
+msdkern/ops have seen. This file lays out pointer tables and outputs, and turns status codes into
+sentences.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from msdkern import reference
+
+ABI_VERSION = 1
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+PAIR_CODES = {"none": 0, "mutual": 1, "last": 2, "deeper": 3, "next": 4, "dense": 5}
+DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "soft_ce": 3}
+SCALAR, ROWS, ROWS_BACKWARD = 0, 1, 2
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    try:
+        from msdkern import _cpu  # type: ignore[attr-defined]
+    except ImportError as error:
+        return None, f"the native module msdkern._cpu is not there ({error})"
+    if _cpu.abi_version != ABI_VERSION:
+        return None, (
+            f"msdkern._cpu has ABI version {_cpu.abi_version}, this package needs {ABI_VERSION}: "
+            "install again"
+        )
+    return _cpu, None
+
 
 def reason() -> str | None:
-    return "the native module is not built yet"
+    return _load()[1]
+
+
+def _kernels() -> Any:
+    return _load()[0]
+
+
+# Pointer tables -------------------------------------------------------------------------------
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _unit_columns(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where neighbouring classes are not neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _table(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Address and row stride of every exit, for K tensors [N, C] or one [K, N, C]."""
+    first = tensors[0]
+    if first.dim() == 3:
+        step, row, _ = first.stride()
+        step *= first.element_size()
+        start = first.data_ptr()
+        return [start + k * step for k in range(first.shape[0])], [row] * first.shape[0]
+    return [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
+
+
+def _sizes(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+    first = tensors[0]
+    exits = len(tensors) if first.dim() == 2 else first.shape[0]
+    return exits, first.shape[-2], first.shape[-1]
+
+
+def _gradient_table(
+    logits: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[list[Tensor], list[int]]:
+    """Fresh contiguous gradients, and the address of each exit's (0 where none is wanted)."""
+    if not any(wanted):
+        return [], []
+    fresh = [
+        torch.empty(z.shape, dtype=z.dtype) if want else None
+        for z, want in zip(logits, wanted, strict=True)
+    ]
+    kept = [g for g in fresh if g is not None]
+    if kept[0].dim() == 3:
+        return kept, _table(kept)[0]
+    return kept, [_address(g) for g in fresh]
+
+
+def _real(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+# The loss family ------------------------------------------------------------------------------
+
+
+def _fail(op: str, status: int, bad_label: int, classes: int, skip: int, temperature: float) -> NoReturn:
+    sentences = {
+        1: f"labels must be in [0, {classes}) or ignore_index = {skip}; got {bad_label}",
+        2: f"temperature must be positive; got {temperature}",
+    }
+    if status == 3:
+        raise MemoryError(f"{op}: no memory for scratch rows of {classes} classes")
+    raise ValueError(f"{op}: {sentences.get(status, f'sizes out of range (status {status})')}")
+
+
+def _call_loss(
+    op: str,
+    form: int,
+    outputs: Sequence[Tensor | None],
+    gradient: Sequence[bool],
+    mean: bool,
+    normalizer: Tensor | None,
+    logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    target: Tensor | None,
+    exit_weight: Tensor | None,
+    pairs: str,
+    pair_weight: Tensor | None,
+    pair_scale: Tensor,
+    temperature: Tensor,
+    temperature_squared: bool,
+    divergence: str,
+    beta: float,
+    detach_teacher: bool,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> list[Tensor]:
+    """One call of the kernels; returns the gradients."""
+    dtype = logits[0].dtype
+    logits = [_unit_columns(z) for z in logits]
+    exits, rows, classes = _sizes(logits)
+    addresses, strides = _table(logits)
+    if teacher_logits:
+        teacher_logits = [_unit_columns(t) for t in teacher_logits]
+        more = _table(teacher_logits)
+        addresses, strides = addresses + more[0], strides + more[1]
+    gradients, gradient_addresses = _gradient_table(logits, gradient)
+    label = probabilities = None
+    if target is not None:
+        if target.dtype == torch.int64:
+            label = target.contiguous()
+        else:
+            probabilities = _real(target, reference.accumulation_dtype(dtype))
+    if divergence == "jsd" and beta in (0.0, 1.0):
+        divergence = "reverse_kl" if beta else "forward_kl"
+    t = temperature.item()
+    status, bad_label = _kernels().loss(
+        form,
+        DTYPE_CODES[dtype],
+        torch.get_num_threads(),
+        exits,
+        rows,
+        classes,
+        addresses,
+        strides,
+        gradient_addresses,
+        _address(label),
+        _address(probabilities),
+        _address(exit_weight),
+        exit_weight is not None and exit_weight.dim() == 2,
+        PAIR_CODES[pairs],
+        _address(pair_weight),
+        pair_weight is not None and pair_weight.dim() == 3,
+        pair_scale.item(),
+        t,
+        temperature_squared,
+        DIVERGENCE_CODES[divergence],
+        beta,
+        detach_teacher,
+        _address(class_weight),
+        ignore_index,
+        label_smoothing,
+        mean,
+        0.0 if normalizer is None else float(normalizer.item()),
+        [_address(o) for o in outputs],
+    )
+    if status:
+        _fail(op, status, bad_label, classes, ignore_index, t)
+    return gradients
+
+
+def multi_exit_loss(
+    logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *arguments: Any
+) -> tuple[Any, ...]:
+    *row_arguments, reduction, normalizer, pair_divergence, gradient = arguments
+    exits, rows, _ = _sizes(logits)
+    dtype = reference.accumulation_dtype(logits[0].dtype)
+    shape = (exits, rows)
+    matrix = (exits, exits + len(teacher_logits)) if pair_divergence else (0,)
+    outputs = (
+        torch.empty((), dtype=dtype),
+        torch.empty(exits, dtype=dtype),
+        torch.empty(exits, dtype=dtype),
+        torch.empty(matrix, dtype=dtype),
+        torch.empty(shape, dtype=torch.int64),
+        torch.empty(shape, dtype=dtype),
+    )
+    wanted = outputs if pair_divergence else (*outputs[:3], None, *outputs[4:])
+    gradients = _call_loss(
+        "multi_exit_loss", SCALAR, wanted, gradient, reduction == "mean", normalizer,
+        logits, teacher_logits, *row_arguments,
+    )  # fmt: skip
+    return (*outputs, gradients)
+
+
+def multi_exit_row_losses(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    dtype = reference.accumulation_dtype(logits[0].dtype)
+    outputs = tuple(torch.empty(_sizes(logits)[:2], dtype=dtype) for _ in range(2))
+    _call_loss("multi_exit_row_losses", ROWS, outputs, (), False, None, logits, *arguments)
+    return outputs
+
+
+def multi_exit_row_losses_backward(
+    grad_cross_entropy: Tensor, grad_divergence: Tensor, logits: Sequence[Tensor], *arguments: Any
+) -> list[Tensor]:
+    *row_arguments, gradient = arguments
+    dtype = reference.accumulation_dtype(logits[0].dtype)
+    upstream = [_real(g, dtype) for g in (grad_cross_entropy, grad_divergence)]
+    return _call_loss(
+        "multi_exit_row_losses", ROWS_BACKWARD, upstream, gradient, False, None, logits,
+        *row_arguments,
+    )  # fmt: skip
+
+
+# Softmax, statistics, scaling -----------------------------------------------------------------
+
+
+def _softmax(
+    backward: bool,
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    temperature: Tensor,
+    log: bool,
+) -> list[Tensor]:
+    inputs = [_unit_columns(z) for z in inputs]
+    upstream = [_unit_columns(g) for g in upstream]
+    _, rows, classes = _sizes(inputs)
+    outputs = [torch.empty(z.shape, dtype=z.dtype) for z in inputs]
+    t = temperature.item()
+    status = _kernels().softmax(
+        backward,
+        DTYPE_CODES[inputs[0].dtype],
+        torch.get_num_threads(),
+        rows,
+        classes,
+        t,
+        log,
+        *_table(inputs),
+        *(_table(upstream) if upstream else ([], [])),
+        _table(outputs)[0],
+    )
+    if status:
+        _fail("multi_exit_softmax", status, 0, classes, 0, t)
+    return outputs
+
+
+def multi_exit_softmax(logits: Sequence[Tensor], temperature: Tensor, log: bool) -> list[Tensor]:
+    return _softmax(False, logits, (), temperature, log)
+
+
+def multi_exit_softmax_backward(
+    gradients: Sequence[Tensor], outputs: Sequence[Tensor], temperature: Tensor, log: bool
+) -> list[Tensor]:
+    return _softmax(True, outputs, gradients, temperature, log)
+
+
+def exit_statistics(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    logits = [_unit_columns(z) for z in logits]
+    exits, rows, classes = _sizes(logits)
+    dtype = reference.accumulation_dtype(logits[0].dtype)
+    dtypes = (dtype, dtype, torch.int64, dtype, dtype, dtype)
+    outputs = tuple(torch.empty((exits, rows), dtype=d) for d in dtypes)
+    code, threads = DTYPE_CODES[logits[0].dtype], torch.get_num_threads()
+    addresses = [_address(o) for o in outputs]
+    status = _kernels().statistics(code, threads, rows, classes, *_table(logits), addresses)
+    if status:
+        _fail("exit_statistics", status, 0, classes, 0, 1.0)
+    return outputs
+
+
+def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    f = factor.item()
+    if f == 1.0:
+        return
+    code, threads = DTYPE_CODES[tensors[0].dtype], torch.get_num_threads()
+    addresses, sizes = [_address(t) for t in tensors], [t.numel() for t in tensors]
+    _kernels().scale(code, threads, f, addresses, sizes)

@@ -109,7 +109,8 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         fail(op, f"{name} must be a number or a 0-d tensor", value, TypeError)
     if torch.compiler.is_compiling():
-        return torch.full((), value, dtype=torch.float64, device=like.device)
+        # A product, because torch.full() would bake the number into the graph.
+        return torch.ones((), dtype=torch.float64, device=like.device) * value
     return _constant(float(value))
 
 

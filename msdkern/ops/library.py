@@ -29,9 +29,9 @@ SCHEMAS = {
         -> (Tensor loss, Tensor cross_entropy, Tensor divergence, Tensor pair_divergence,
             Tensor prediction, Tensor confidence, Tensor[] gradients)""",
     "multi_exit_row_losses": f"""({_LOSS_INPUTS}, str executor)
-        -> (Tensor cross_entropy, Tensor divergence, Tensor lse)""",
+        -> (Tensor cross_entropy, Tensor divergence)""",
     "multi_exit_row_losses_backward": f"""(Tensor grad_cross_entropy, Tensor grad_divergence,
-        Tensor lse, {_LOSS_INPUTS}, bool[] gradient, str executor) -> Tensor[]""",
+        {_LOSS_INPUTS}, bool[] gradient, str executor) -> Tensor[]""",
     "multi_exit_softmax": """(Tensor[] logits, Tensor temperature, bool log, str executor)
         -> Tensor[]""",
     "multi_exit_softmax_backward": """(Tensor[] gradients, Tensor[] outputs, Tensor temperature,

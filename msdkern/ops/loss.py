@@ -151,8 +151,8 @@ def multi_exit_row_losses(
 
     Returns RowLosses(cross_entropy, divergence), differentiable [K, N] tensors in float32
     (float64 for float64 logits): a_k[n] CE_k[n] and s sum_j W_ij[n] D_ij[n], without any
-    normalisation, 0 on ignored rows. Backward recomputes the probabilities from the logits and
-    the saved log-sum-exps, so that any upstream gradient is exact.
+    normalisation, 0 on ignored rows. Backward saves only the logits and recomputes the
+    probabilities, so that any upstream gradient is exact.
 
     Arguments and errors: as `multi_exit_loss`, less ``reduction``, ``normalizer`` and
     ``pair_divergence``.
@@ -320,12 +320,11 @@ def _fake_loss(logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *rest
 def _fake_row_losses(logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *rest: Any) -> Any:
     exits, rows = _sizes(logits)
     dtype = reference.accumulation_dtype(logits[0].dtype)
-    shapes = ((exits, rows), (exits, rows), (2 * exits + len(teacher_logits), rows))
-    return tuple(logits[0].new_empty(shape, dtype=dtype) for shape in shapes)
+    return tuple(logits[0].new_empty((exits, rows), dtype=dtype) for _ in range(2))
 
 
 def _fake_row_losses_backward(
-    grad_cross_entropy: Tensor, grad_divergence: Tensor, lse: Tensor, logits: Any, *rest: Any
+    grad_cross_entropy: Tensor, grad_divergence: Tensor, logits: Any, *rest: Any
 ) -> list[Tensor]:
     return _gradient_like(logits, rest[-2])
 

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every kernel shares: blocks of rows over threads, scratch memory, and the softmax of a row.
+#pragma once
+
+#include <stdlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "simd.h"
+
+#include "../math.h"  // after simd.h, which provides its weigh() and logarithm()
+
+namespace MSDKERN_NAMESPACE {
+
+template <class T>
+INLINE T least(T a, T b) {
+    return a < b ? a : b;
+}
+template <class T>
+INLINE T most(T a, T b) {
+    return a > b ? a : b;
+}
+
+// Rows are handed out in blocks whose size depends on the shape alone, and partial sums are kept
+// per block: the result does not depend on the number of threads.
+struct Blocks {
+    int64_t rows, size, count;
+    Blocks(int64_t rows_, int64_t elements_per_row) : rows(rows_) {
+        const int64_t elements = 16384;  // enough work to be worth handing out
+        size = most<int64_t>(1, elements / most<int64_t>(1, elements_per_row));
+        count = (rows + size - 1) / size;
+    }
+    int64_t first(int64_t block) const { return block * size; }
+    int64_t last(int64_t block) const { return least(rows, (block + 1) * size); }
+};
+
+template <class Body>
+static void parallel_for(int64_t count, int threads, const Body &body) {
+    threads = int(least<int64_t>(threads, count));
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+        for (int64_t i = 0; i < count; ++i) body(i);
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+// Each thread's scratch memory, kept between calls while it is small: nothing is allocated per
+// row, and usually nothing per call.
+struct Arena {
+    static const size_t kKept = size_t(4) << 20;
+    void *data = nullptr;
+    size_t size = 0;
+    void *take(size_t wanted) {
+        if (wanted <= size) return data;
+        free(data);
+        size = (wanted + 4095) / 4096 * 4096;
+        data = aligned_alloc(64, size);
+        if (!data) size = 0;
+        return data;
+    }
+    void trim() {
+        if (size <= kKept) return;
+        free(data);
+        data = nullptr;
+        size = 0;
+    }
+    ~Arena() { free(data); }
+};
+
+static Arena &arena() {
+    static thread_local Arena memory;
+    return memory;
+}
+
+// Elements per scratch row: whole cache lines, an odd number of them, so that the rows of one
+// sample do not all fall into the same cache sets.
+template <class Real>
+INLINE int64_t padded(int64_t classes) {
+    const int64_t line = 64 / int64_t(sizeof(Real));
+    return (((classes + line - 1) / line) | 1) * line;
+}
+
+// f(offset, load) over whole vectors, then over the remainder filled up with `fill`.
+template <class S, class F>
+INLINE void for_vectors(const S *row, int64_t classes, typename Kind<S>::Real fill, F f) {
+    const int W = kLanes<typename Kind<S>::Real>;
+    int64_t c = 0;
+    for (; c + W <= classes; c += W) f(c, load(row + c));
+    if (c < classes) f(c, load_partial(row + c, int(classes - c), fill));
+}
+
+template <class S>
+INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes) {
+    typedef typename Kind<S>::Real Real;
+    typedef VecOf<Real> V;
+    const int W = kLanes<Real>;
+    const V lowest = splat(Real(-__builtin_inf()));
+    V m0 = lowest, m1 = lowest, m2 = lowest, m3 = lowest;
+    int64_t c = 0;
+    for (; c + 4 * W <= classes; c += 4 * W) {
+        m0 = maximum(load(row + c), m0);
+        m1 = maximum(load(row + c + W), m1);
+        m2 = maximum(load(row + c + 2 * W), m2);
+        m3 = maximum(load(row + c + 3 * W), m3);
+    }
+    for_vectors(row + c, classes - c, Real(-__builtin_inf()),
+                [&](int64_t, V z) __attribute__((always_inline)) { m0 = maximum(z, m0); });
+    return largest<Real>(maximum(maximum(m0, m1), maximum(m2, m3)));
+}
+
+// The first class for which test(z) holds, or `classes`.
+template <class S, class Test>
+INLINE int64_t first_class(const S *row, int64_t classes, Test test) {
+    typedef typename Kind<S>::Real Real;
+    const int W = kLanes<Real>;
+    const Real nothing = Real(-__builtin_inf());
+    int64_t c = 0;
+    // Four vectors at a time: most hold no hit, and asking is what costs.
+    for (; c + 4 * W <= classes; c += 4 * W)
+        if (any((test(load(row + c)) | test(load(row + c + W))) |
+                (test(load(row + c + 2 * W)) | test(load(row + c + 3 * W)))))
+            break;
+    for (; c < classes; c += W) {
+        const int n = int(least<int64_t>(W, classes - c));
+        const auto hit = test(n == W ? load(row + c) : load_partial(row + c, n, nothing));
+        for (int i = 0; i < n; ++i)
+            if (hit[i]) return c + i;
+    }
+    return classes;
+}
+
+// The lowest index of the maximum m, or of the first NaN where there is one, as torch.argmax.
+template <class S, class Real>
+static int64_t row_argmax(const S *row, int64_t classes, Real m, bool may_have_nan) {
+    typedef VecOf<Real> V;
+    if (may_have_nan) {
+        const int64_t c =
+            first_class(row, classes, [](V z) __attribute__((always_inline)) { return z != z; });
+        if (c < classes) return c;
+    }
+    const int64_t c =
+        first_class(row, classes, [m](V z) __attribute__((always_inline)) { return z == m; });
+    return c < classes ? c : 0;
+}
+
+// How the exponentials at T = 1 follow from those at T: e^(z - m) = (e^((z - m) / T))^T.
+enum class Powers { kOne = 1, kTwo = 2, kThree = 3, kFour = 4, kNone = 0 };
+
+INLINE Powers powers(double temperature) {
+    return temperature == 1 || temperature == 2 || temperature == 3 || temperature == 4
+               ? Powers(int(temperature))
+               : Powers::kNone;
+}
+
+// e(z - m) from x = (z - m) / T and e = exp(x).
+template <Powers P, class V>
+INLINE V at_one(V e, V gap) {
+    if (P == Powers::kOne) return e;
+    if (P == Powers::kTwo) return e * e;
+    if (P == Powers::kThree) return e * e * e;
+    if (P == Powers::kFour) return (e * e) * (e * e);
+    return exponential(gap);
+}
+
+// Where the exponentials of a row are kept; null where they are not.
+template <class Real>
+struct RowStore {
+    Real *x, *e, *one;  // (z - m) / T, exp of it, exp(z - m)
+};
+
+template <class Real>
+struct RowSums {
+    Real at_t, at_one;  // sums of exponentials
+};
+
+// One sweep over a row: exponentials stored where asked for, their sums returned. The padding up
+// to a whole vector is x = 0 and e = 0, so that it adds nothing anywhere.
+template <Powers P, bool Store, class S, class Real>
+INLINE RowSums<Real> exponentials(const S *row, int64_t classes, Real m, Real inverse_t,
+                                  RowStore<Real> out) {
+    typedef VecOf<Real> V;
+    const int W = kLanes<Real>;
+    V t0 = V{}, t1 = V{}, o0 = V{}, o1 = V{};
+    auto one = [&](int64_t c, V z, V &t, V &o) __attribute__((always_inline)) {
+        const V gap = z - m;
+        const V x = P == Powers::kOne ? gap : gap * inverse_t;
+        const V e = exponential(x);
+        const V p = at_one<P>(e, gap);
+        if (Store) {
+            store(out.x + c, x);
+            store(out.e + c, e);
+            if (P != Powers::kOne) store(out.one + c, p);
+        }
+        t += e;
+        if (P != Powers::kOne) o += p;
+    };
+    int64_t c = 0;
+    for (; c + 2 * W <= classes; c += 2 * W) {
+        one(c, load(row + c), t0, o0);
+        one(c + W, load(row + c + W), t1, o1);
+    }
+    if (c + W <= classes) {
+        one(c, load(row + c), t0, o0);
+        c += W;
+    }
+    if (c < classes) {
+        const int n = int(classes - c);
+        one(c, load_partial(row + c, n, Real(-__builtin_inf())), t1, o1);
+        if (Store) store(out.x + c, (load_partial(row + c, n, m) - m) * inverse_t);
+    }
+    RowSums<Real> sums;
+    sums.at_t = sum<Real>(t0 + t1);
+    sums.at_one = P == Powers::kOne ? sums.at_t : sum<Real>(o0 + o1);
+    return sums;
+}
+
+template <bool Store, class S, class Real>
+static RowSums<Real> exponentials(Powers p, const S *row, int64_t classes, Real m, Real inverse_t,
+                                  RowStore<Real> out) {
+    switch (p) {
+        case Powers::kOne:
+            return exponentials<Powers::kOne, Store>(row, classes, m, inverse_t, out);
+        case Powers::kTwo:
+            return exponentials<Powers::kTwo, Store>(row, classes, m, inverse_t, out);
+        case Powers::kThree:
+            return exponentials<Powers::kThree, Store>(row, classes, m, inverse_t, out);
+        case Powers::kFour:
+            return exponentials<Powers::kFour, Store>(row, classes, m, inverse_t, out);
+        default:
+            return exponentials<Powers::kNone, Store>(row, classes, m, inverse_t, out);
+    }
+}
+
+// logarithm() of n values in place.
+template <class Real>
+INLINE void logarithms(Real *values, int n) {
+    const int W = kLanes<Real>;
+    int i = 0;
+    for (; i + W <= n; i += W) store(values + i, logarithm(load(values + i)));
+    if (i < n) store_partial(values + i, n - i, logarithm(load_partial(values + i, n - i, Real(1))));
+}
+
+}  // namespace MSDKERN_NAMESPACE

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the widest kind that the instruction set offers, from one source: GCC's and Clang's
+// vector extensions. Every function lives in the namespace of its instruction set, and nothing
+// here instantiates the standard library, so that the linker cannot merge code compiled for one
+// instruction set into another.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace MSDKERN_NAMESPACE {
+
+#if defined(MSDKERN_VECTOR_BYTES)
+constexpr int kBytes = MSDKERN_VECTOR_BYTES;
+#elif defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+typedef float VecF __attribute__((vector_size(kBytes)));
+typedef double VecD __attribute__((vector_size(kBytes)));
+typedef int32_t IntF __attribute__((vector_size(kBytes)));
+typedef int64_t IntD __attribute__((vector_size(kBytes)));
+typedef uint32_t BitsF __attribute__((vector_size(kBytes)));
+typedef uint16_t HalfF __attribute__((vector_size(kBytes / 2)));
+
+// Storage types. Arithmetic happens in Real: float, or double for double.
+struct half {
+    uint16_t bits;
+};
+struct bfloat {
+    uint16_t bits;
+};
+
+template <class S>
+struct Kind {
+    typedef float Real;
+};
+template <>
+struct Kind<double> {
+    typedef double Real;
+};
+
+template <class Real>
+struct Vector;
+template <>
+struct Vector<float> {
+    typedef VecF Vec;
+    typedef IntF Int;
+};
+template <>
+struct Vector<double> {
+    typedef VecD Vec;
+    typedef IntD Int;
+};
+template <class Real>
+using VecOf = typename Vector<Real>::Vec;
+template <class Real>
+constexpr int kLanes = kBytes / int(sizeof(Real));
+
+INLINE VecF splat(float x) { return x - VecF{}; }
+INLINE VecD splat(double x) { return x - VecD{}; }
+
+template <class V, class T>
+INLINE V read(const T *p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T>
+INLINE void write(T *p, V v) {
+    memcpy(p, &v, sizeof v);
+}
+
+// Loads and stores, converting from and to the storage type. --------------------------------
+
+INLINE VecF load(const float *p) { return read<VecF>(p); }
+INLINE VecD load(const double *p) { return read<VecD>(p); }
+INLINE void store(float *p, VecF v) { write(p, v); }
+INLINE void store(double *p, VecD v) { write(p, v); }
+
+INLINE VecF load(const bfloat *p) {
+    return (VecF)(__builtin_convertvector(read<HalfF>(p), BitsF) << 16);
+}
+
+// Round to nearest even; NaN stays NaN.
+INLINE void store(bfloat *p, VecF v) {
+    BitsF u = (BitsF)v;
+    BitsF rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    BitsF quiet = (u >> 16) | 0x40u;
+    BitsF result = (BitsF)(v != v) ? quiet : rounded;
+    write(p, __builtin_convertvector(result, HalfF));
+}
+
+#if defined(__F16C__) && !defined(MSDKERN_VECTOR_BYTES)
+#if defined(__AVX512F__)
+INLINE VecF load(const half *p) { return (VecF)_mm512_cvtph_ps(read<__m256i>(p)); }
+INLINE void store(half *p, VecF v) { write(p, _mm512_cvtps_ph((__m512)v, 0)); }
+#else
+INLINE VecF load(const half *p) { return (VecF)_mm256_cvtph_ps(read<__m128i>(p)); }
+INLINE void store(half *p, VecF v) { write(p, _mm256_cvtps_ph((__m256)v, 0)); }
+#endif
+#else
+INLINE VecF load(const half *p) {
+    BitsF h = __builtin_convertvector(read<HalfF>(p), BitsF);
+    BitsF magnitude = (h & 0x7fffu) << 13;
+    BitsF finite = (BitsF)((VecF)magnitude * 0x1p112f);  // moves the exponent bias, denormals too
+    BitsF result = (BitsF)(magnitude >= 0x0f800000u) ? (magnitude | 0x7f800000u) : finite;
+    return (VecF)(result | ((h & 0x8000u) << 16));
+}
+
+INLINE void store(half *p, VecF v) {
+    BitsF u = (BitsF)v, sign = (u >> 16) & 0x8000u;
+    u &= 0x7fffffffu;
+    BitsF normal = (u - 0x37fff001u + ((u >> 13) & 1u)) >> 13;  // rebias, round to nearest even
+    BitsF tiny = (BitsF)((VecF)u + 0.5f) - 0x3f000000u;         // the addition rounds a denormal
+    BitsF large = (BitsF)(u > 0x7f800000u) ? (BitsF{} + 0x7e00u) : (BitsF{} + 0x7c00u);
+    BitsF h = (BitsF)(u < 0x38800000u) ? tiny : normal;
+    h = (BitsF)(u >= 0x477ff000u) ? large : h;
+    write(p, __builtin_convertvector(h | sign, HalfF));
+}
+#endif
+
+// The first n lanes; the others are `fill`. Reads nothing beyond p[n - 1].
+template <class S>
+INLINE VecOf<typename Kind<S>::Real> load_partial(const S *p, int n,
+                                                  typename Kind<S>::Real fill) {
+    typedef typename Kind<S>::Real Real;
+    S part[kLanes<Real>] = {};
+    memcpy(part, p, size_t(n) * sizeof(S));
+    Real lanes[kLanes<Real>];
+    store(lanes, load(part));
+    for (int i = n; i < kLanes<Real>; ++i) lanes[i] = fill;
+    return load(lanes);
+}
+
+template <class S>
+INLINE void store_partial(S *p, int n, VecOf<typename Kind<S>::Real> v) {
+    S part[kLanes<typename Kind<S>::Real>];
+    store(part, v);
+    memcpy(p, part, size_t(n) * sizeof(S));
+}
+
+// Selections and reductions, in a fixed order. ------------------------------------------------
+
+template <class V>
+INLINE V maximum(V a, V b) {
+    return a > b ? a : b;  // b where a is NaN
+}
+
+// Whether any lane of a comparison holds.
+template <class I>
+INLINE bool any(I hit) {
+#if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+    return _mm512_test_epi32_mask((__m512i)hit, (__m512i)hit) != 0;
+#elif defined(__AVX__) && !defined(MSDKERN_VECTOR_BYTES)
+    return !_mm256_testz_si256((__m256i)hit, (__m256i)hit);
+#else
+    uint64_t words[sizeof(I) / 8], all = 0;
+    memcpy(words, &hit, sizeof hit);
+    for (uint64_t word : words) all |= word;
+    return all != 0;
+#endif
+}
+
+// p x with 0 log 0 = 0.
+template <class V>
+INLINE V weigh(V p, V x) {
+    return p * (p == V{} ? V{} : x);
+}
+
+template <class Real, class Op>
+INLINE Real reduce(VecOf<Real> v, Op op) {
+    Real lanes[kLanes<Real>];
+    store(lanes, v);
+    for (int width = kLanes<Real> / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] = op(lanes[i], lanes[i + width]);
+    return lanes[0];
+}
+
+template <class Real>
+INLINE Real sum(VecOf<Real> v) {
+    return reduce<Real>(v, [](Real a, Real b) __attribute__((always_inline)) { return a + b; });
+}
+template <class Real>
+INLINE Real largest(VecOf<Real> v) {
+    return reduce<Real>(v,
+                        [](Real a, Real b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// exp(x) for x <= 0, exactly 1 at 0 and exactly 0 below the smallest normal; NaN for NaN. -----
+
+INLINE VecF exponential(VecF x) {
+    const float shift = 12582912.0f;  // 1.5 * 2^23: the low bits of t hold round(x / ln 2)
+    VecF t = x * 1.44269504088896341f + shift;
+    VecF n = t - shift;
+    VecF r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    // Minimax polynomial of (exp(r) - 1 - r) / r^2 on [-ln 2 / 2, ln 2 / 2] (Cephes, expf).
+    VecF p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    VecF y = (p * (r * r) + r) + 1.0f;
+    VecF power = (VecF)(((IntF)t << 23) + 0x3f800000);
+    return x < -87.33654f ? VecF{} : y * power;
+}
+
+INLINE VecD exponential(VecD x) {
+    const double shift = 6755399441055744.0;  // 1.5 * 2^52
+    VecD t = x * 1.44269504088896340736 + shift;
+    VecD n = t - shift;
+    VecD r = x - n * 6.93145751953125e-1;
+    r = r - n * 1.42860682030941723212e-6;
+    VecD p = splat(1.0 / 6227020800.0);  // Taylor to degree 13: 4e-18 at ln 2 / 2
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    VecD y = (p * (r * r) + r) + 1.0;
+    VecD power = (VecD)(((IntD)t << 52) + 0x3ff0000000000000);
+    return x < -708.39641853226408 ? VecD{} : y * power;
+}
+
+// log(x) for positive normal x; NaN for NaN. log m = 2 artanh((m - 1) / (m + 1)). -------------
+
+INLINE VecF logarithm(VecF x) {
+    IntF e = ((IntF)x - 0x3f3504f3) >> 23;  // so that m lies in [sqrt(1/2), sqrt(2))
+    VecF m = (VecF)((IntF)x - (e << 23));
+    VecF n = __builtin_convertvector(e, VecF);
+    VecF s = (m - 1.0f) / (m + 1.0f), w = s * s;
+    VecF p = splat(2.0f / 9.0f);
+    p = p * w + 2.0f / 7.0f;
+    p = p * w + 2.0f / 5.0f;
+    p = p * w + 2.0f / 3.0f;
+    VecF y = n * 0.693359375f + (s * 2.0f + (s * (p * w) - n * 2.12194440e-4f));
+    return x == x ? (x > 3.4e38f ? x : y) : x;
+}
+
+INLINE VecD logarithm(VecD x) {
+    IntD e = ((IntD)x - 0x3fe6a09e667f3bcd) >> 52;
+    VecD m = (VecD)((IntD)x - (e << 52));
+    VecD n = __builtin_convertvector(e, VecD);
+    VecD s = (m - 1.0) / (m + 1.0), w = s * s;
+    VecD p = splat(2.0 / 23.0);
+    p = p * w + 2.0 / 21.0;
+    p = p * w + 2.0 / 19.0;
+    p = p * w + 2.0 / 17.0;
+    p = p * w + 2.0 / 15.0;
+    p = p * w + 2.0 / 13.0;
+    p = p * w + 2.0 / 11.0;
+    p = p * w + 2.0 / 9.0;
+    p = p * w + 2.0 / 7.0;
+    p = p * w + 2.0 / 5.0;
+    p = p * w + 2.0 / 3.0;
+    VecD y = n * 6.93145751953125e-1 + (s * 2.0 + (s * (p * w) + n * 1.42860682030941723212e-6));
+    return x == x ? (x > 1.7e308 ? x : y) : x;
+}
+
+}  // namespace MSDKERN_NAMESPACE

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C ABI: plain data and pointers, no framework. One prototype per op and phase.
+//
+// Tensors are rows of `classes` consecutive elements; strides are in elements, not bytes.
+// Inputs are never written to. Reductions have a fixed order: results do not depend on the
+// number of threads. README.md beside this file is the contract in prose.
+#pragma once
+
+#include <stdint.h>
+
+#define MSDKERN_ABI_VERSION 1
+#define MSDKERN_MAX_EXITS 32
+#define MSDKERN_MAX_ROWS 64  // exits and external teachers of one sample
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum msdkern_dtype { MSDKERN_F32 = 0, MSDKERN_F16 = 1, MSDKERN_BF16 = 2, MSDKERN_F64 = 3 };
+
+enum msdkern_pairs {
+    MSDKERN_PAIRS_NONE = 0,
+    MSDKERN_PAIRS_MUTUAL = 1,
+    MSDKERN_PAIRS_LAST = 2,
+    MSDKERN_PAIRS_DEEPER = 3,
+    MSDKERN_PAIRS_NEXT = 4,
+    MSDKERN_PAIRS_DENSE = 5
+};
+
+enum msdkern_divergence {
+    MSDKERN_FORWARD_KL = 0,
+    MSDKERN_REVERSE_KL = 1,
+    MSDKERN_JSD = 2,
+    MSDKERN_SOFT_CE = 3
+};
+
+enum msdkern_status {
+    MSDKERN_OK = 0,
+    MSDKERN_BAD_LABEL = 1,        // `bad_label` holds it
+    MSDKERN_BAD_TEMPERATURE = 2,  // not positive, or NaN
+    MSDKERN_NO_MEMORY = 3,
+    MSDKERN_BAD_SIZE = 4
+};
+
+// "Real" below is float, or double for MSDKERN_F64.
+typedef struct msdkern_loss {
+    int32_t dtype, exits, teachers, threads;
+    int64_t rows, classes;
+    const void *logits[MSDKERN_MAX_ROWS];  // exits first, then external teachers: [N, C]
+    int64_t stride[MSDKERN_MAX_ROWS];      // from row to row
+    void *gradient[MSDKERN_MAX_EXITS];     // contiguous [N, C], or null where none is wanted
+
+    const int64_t *label;      // [N], or null
+    const void *target;        // Real [N, C] class probabilities, or null
+    const void *exit_weight;   // Real [K] or [K, N], or null for ones
+    const void *pair_weight;   // Real [K, K + E] or [K, K + E, N], for MSDKERN_PAIRS_DENSE
+    const void *class_weight;  // Real [C], or null
+    int32_t exit_weight_per_row, pair_weight_per_row;
+
+    int32_t pairs, divergence, temperature_squared, detach_teacher, mean;
+    double pair_scale, temperature, beta, label_smoothing;
+    double normalizer;  // 0 for none
+    int64_t ignore_index;
+
+    // Scalar form. `pair_divergence` may be null.
+    void *loss;             // Real, 0-d
+    void *cross_entropy;    // Real [K]
+    void *divergence_mean;  // Real [K]
+    void *pair_divergence;  // Real [K, K + E]
+    int64_t *prediction;    // [K, N]
+    void *confidence;       // Real [K, N]
+
+    // Row form: outputs of the forward, and upstream gradients of the backward.
+    void *row_cross_entropy;             // Real [K, N]
+    void *row_divergence;                // Real [K, N]
+    const void *upstream_cross_entropy;  // Real [K, N]
+    const void *upstream_divergence;     // Real [K, N]
+
+    int64_t bad_label;
+} msdkern_loss;
+
+typedef struct msdkern_softmax {
+    int32_t dtype, exits, threads, log;
+    int64_t rows, classes;
+    double temperature;
+    const void *input[MSDKERN_MAX_EXITS];   // logits, or the saved outputs in backward
+    int64_t stride[MSDKERN_MAX_EXITS];      // of input
+    const void *upstream[MSDKERN_MAX_EXITS];
+    int64_t upstream_stride[MSDKERN_MAX_EXITS];
+    void *output[MSDKERN_MAX_EXITS];        // contiguous [N, C]: probabilities, or gradients
+} msdkern_softmax;
+
+typedef struct msdkern_statistics {
+    int32_t dtype, exits, threads;
+    int64_t rows, classes;
+    const void *logits[MSDKERN_MAX_EXITS];
+    int64_t stride[MSDKERN_MAX_EXITS];
+    void *lse, *confidence, *margin, *entropy, *sum_squares;  // Real [K, N]
+    int64_t *prediction;                                      // [K, N]
+} msdkern_statistics;
+
+typedef struct msdkern_scale {
+    int32_t dtype, tensors, threads;
+    double factor;
+    void *data[MSDKERN_MAX_EXITS];  // contiguous
+    int64_t size[MSDKERN_MAX_EXITS];
+} msdkern_scale;
+
+// (3) the scalar loss, with its gradient where `gradient` is not null.
+int msdkern_cpu_loss(msdkern_loss *call);
+// (3) the terms per exit and row; then the gradient for upstream gradients per exit and row.
+int msdkern_cpu_row_losses(msdkern_loss *call);
+int msdkern_cpu_row_losses_backward(msdkern_loss *call);
+int msdkern_cpu_softmax(const msdkern_softmax *call);
+int msdkern_cpu_softmax_backward(const msdkern_softmax *call);
+// (7)
+int msdkern_cpu_statistics(const msdkern_statistics *call);
+// data *= factor in place; returns at once when the factor is 1.
+int msdkern_cpu_scale(const msdkern_scale *call);
+
+// The instruction sets that this binary holds and this processor runs, best first, as one
+// comma-separated string; and the choice among them (null: the best). Nonzero: no such name.
+const char *msdkern_cpu_isas(void);
+int msdkern_cpu_use_isa(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
