@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterable
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +41,7 @@ class Clock(Protocol):
 class HostClock:
     """Wall clock; every CPU kernel has finished when its call returns."""
 
-    stamp = staticmethod(time.perf_counter)
+    stamp = staticmethod(perf_counter)
 
     def settle(self) -> None:
         """Nothing is pending on a CPU."""
@@ -154,10 +154,10 @@ def measure(
     typical = SLOWER_SITS_OUT * statistics.median(turn.cost for turn in turns)
     for turn in turns:
         turn.every = max(1, round(turn.cost / typical))
-    end = time.perf_counter() + seconds
+    end = perf_counter() + seconds
     round_ = 0
-    while time.perf_counter() < end or any(turn.blocks < FEWEST_BLOCKS for turn in turns):
-        late = time.perf_counter() >= end
+    while perf_counter() < end or any(turn.blocks < FEWEST_BLOCKS for turn in turns):
+        late = perf_counter() >= end
         for turn in turns:
             if turn.blocks < FEWEST_BLOCKS if late else round_ % turn.every == 0:
                 turn.record(problem, clock)
