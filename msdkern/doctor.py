@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
         "versions": versions(),
         "build": record,
         "modules": modules,
-        "cpu": cpu_facts(record),
+        "cpu": cpu_facts(),
         "cuda": cuda_facts(),
         "executors": executor_table(),
         "self_test": self_tests(),
@@ -101,13 +101,14 @@ def native_module(name: str, record: dict[str, Any]) -> dict[str, Any]:
     return {"reason": None, "stale": stale, "source_hash": module.source_hash}
 
 
-def cpu_facts(record: dict[str, Any]) -> dict[str, Any]:
+def cpu_facts() -> dict[str, Any]:
     """Instruction sets this processor can use, best first; the first is the one in use."""
     try:
-        isas = list(importlib.import_module("msdkern._cpu").isas())
+        module = importlib.import_module("msdkern._cpu")
     except ImportError:
         return {}
-    return {"isas": isas, "chosen": isas[0], "openmp": record.get("openmp")}
+    isas = list(module.isas())
+    return {"isas": isas, "chosen": isas[0], "openmp": module.openmp}
 
 
 def cuda_facts() -> dict[str, Any]:
