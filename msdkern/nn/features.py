@@ -12,22 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# reduction: total over (difference [N, D], number of rows) -> 0-d
+# reduction: (differences [M, N, D], number of rows) -> M terms
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # mean over rows of the squared L2 norm
-    "mean": lambda d, rows: d.square().sum() / rows,
+    "mean": lambda d, rows: d.square().sum((1, 2)) / rows,
     # sum over rows and components: its weight must shrink as the batch grows (BYOT, SCAN)
-    "sum": lambda d, rows: d.square().sum(),
+    "sum": lambda d, rows: d.square().sum((1, 2)),
     # mean over rows and components, as torch.nn.MSELoss
-    "elementmean": lambda d, rows: d.square().sum() / (rows * max(d.shape[1], 1)),
+    "elementmean": lambda d, rows: d.square().sum((1, 2)) / (rows * max(d.shape[2], 1)),
     # L2 norm of the whole difference, not squared, as torch.dist
-    "norm": lambda d, rows: torch.linalg.vector_norm(d),
+    "norm": lambda d, rows: torch.linalg.vector_norm(d, dim=(1, 2)),
 }
 
-# imitate: the vector that is imitated, from all K of them
-TARGETS: dict[str, Callable[[list[Tensor]], Tensor]] = {
-    "last": lambda vectors: vectors[-1],
-    "mean": lambda vectors: torch.stack(vectors).mean(0),
+# imitate: (vectors [K, N, D]) -> (those that imitate [M, N, D], what they imitate [N, D])
+TARGETS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "last": lambda vectors: (vectors[:-1], vectors[-1]),
+    "mean": lambda vectors: (vectors, vectors.mean(0)),
 }
 
 
@@ -66,26 +66,25 @@ def feature_loss(
     Raises:
         ValueError: for shapes that differ, an unknown choice, or a wrong number of weights.
     """
-    vectors = _vectors(features)
     _choice("reduction", reduction, REDUCTIONS)
     _choice("imitate", imitate, TARGETS)
-    imitated = TARGETS[imitate](vectors)
+    students, imitated = TARGETS[imitate](_stacked(features))
     if detach:
         imitated = imitated.detach()
-    students = vectors[:-1] if imitate == "last" else vectors
-    if weight is not None and len(weight) != len(students):
-        rule = f"feature_loss: weight must have {len(students)} numbers, one per term"
+    difference = students - imitated
+    if valid is not None:
+        # Before squaring: an infinite feature in an ignored row must not reach the gradient.
+        difference = torch.where(valid[:, None], difference, 0.0)
+    if relu_mask:
+        difference = difference * ((students > 0) | (imitated > 0))
+    terms = REDUCTIONS[reduction](difference, _rows(imitated, valid, normalizer))
+    if weight is None:
+        return terms.sum()
+    if len(weight) != len(terms):
+        rule = f"feature_loss: weight must have {len(terms)} numbers, one per term"
         raise ValueError(f"{rule}; got {len(weight)}")
-    rows = _rows(vectors[0], valid, normalizer)
-    # A sum over nothing: the deepest exit, which has no term, still gets a gradient of zeros.
-    total = vectors[-1][:0].sum()
-    for i, student in enumerate(students):
-        difference = _masked(student - imitated, valid)
-        if relu_mask:
-            difference = difference * ((student > 0) | (imitated > 0))
-        term = REDUCTIONS[reduction](difference, rows)
-        total = total + (term if weight is None else weight[i] * term)
-    return total
+    weighted = (w * term for w, term in zip(weight, terms, strict=True))
+    return sum(weighted, terms[:0].sum())
 
 
 def anneal(progress: float, begin: float, end: float) -> float:
@@ -93,13 +92,14 @@ def anneal(progress: float, begin: float, end: float) -> float:
     return end + (begin - end) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-def _vectors(features: Sequence[Tensor]) -> list[Tensor]:
+def _stacked(features: Sequence[Tensor]) -> Tensor:
+    """[K, N, D] in the accumulation dtype: a dozen calls for all exits instead of for each."""
     shapes = [tuple(f.shape) for f in features]
     if not shapes or len(set(shapes)) != 1 or not shapes[0]:
         rule = "feature_loss: features must be K tensors [N, ...] of one shape"
         raise ValueError(f"{rule}; got {[list(shape) for shape in shapes]}")
     wide = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    return [f.reshape(f.shape[0], -1).to(wide) for f in features]
+    return torch.stack([f.flatten(1) if f.dim() != 1 else f[:, None] for f in features]).to(wide)
 
 
 def _rows(like: Tensor, valid: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
@@ -111,11 +111,6 @@ def _rows(like: Tensor, valid: Tensor | None, normalizer: float | Tensor | None)
     if valid is None:
         return torch.full((), max(like.shape[0], 1), dtype=like.dtype, device=like.device)
     return valid.sum().clamp(min=1).to(like.dtype)
-
-
-def _masked(rows: Tensor, valid: Tensor | None) -> Tensor:
-    # Masked before squaring: an infinite feature in an ignored row must not reach the gradient.
-    return rows if valid is None else torch.where(valid[:, None], rows, 0.0)
 
 
 def _choice(name: str, value: str, table: Mapping[str, object]) -> None:
