@@ -306,8 +306,9 @@ class MSDLoss(MultiExitLoss):
       so is the undetached gradient; detached, "forward_kl" and "reverse_kl" differ;
     - whether F_K is detached and how the feature term is averaged: ``detach_features``,
       ``feature_reduction`` ("sum" is what BYOT does, with a weight of 1e-6);
-    - the values of alpha, T and beta: none are known to us. alpha = 0.1 and T = 3 come from the
-      first author's code for BYOT. The brackets of beta_t are read as a cosine between the two.
+    - the values of alpha, T and beta: not in the public material. alpha = 0.1 and T = 3 come from
+      the first author's code for BYOT; beta is 0 here and 1e-4 in `create("msd", exits)`. The
+      brackets of beta_t, misplaced as typeset, are read as a cosine between the two.
 
     Args:
         alpha: weight of the divergences in [0, 1]; labels get 1 - alpha.

@@ -13,7 +13,7 @@ Methods of the same family that are not rows, and why:
   needs second-order gradients, which `multi_exit_loss` refuses: write that step in PyTorch.
 - DepS and US-Nets: the loss of `slimmable`. SN-Net: the loss of `deit`. DeiT's hard variant is
   `ce` with the teacher's argmax as target.
-- EKD, BD-KD and MATE: their coefficients are not published where we could read them. BD-KD is
+- EKD, BD-KD and MATE: their coefficients are not in the public material. BD-KD is
   `multi_exit_loss` with `pair_weight` [K, K + E, N]; MATE is `mlcsd` with other teachers.
 - DistiLLM: its skew divergence KL(p_t || a p_t + (1 - a) p_s) is none of the four divergences.
 - AKL (sorts the teacher), DIST (couples the batch), IMTA's gradient equilibrium (scales feature
