@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         cases = select(args.cases, args.device, args.quick)
         _check(args)
     except (OSError, ValueError) as error:
-        print(f"msdkern bench: {error}", file=sys.stderr)
+        print(f"msdkern bench: {str(error).removeprefix('bench: ')}", file=sys.stderr)
         return 1
     if args.list:
         print("\n".join(f"{case.name:<26}{case.shape:<20}{case.group}" for case in cases))
@@ -84,7 +84,10 @@ def _measure(args: argparse.Namespace, cases: list[Any]) -> dict[str, Any]:
         every_formulation=args.every_formulation,
         fresh_compile=args.fresh_compile,
     )
-    return run(cases, settings, Progress())
+    progress = Progress()
+    results = run(cases, settings, progress)
+    progress.end()
+    return results
 
 
 class Progress:

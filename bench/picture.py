@@ -17,6 +17,9 @@ STYLE = {
     "msdkern": ("msdkern", "#d1495b", 110),
 }
 INK, FAINT = "#2b2a28", "#e4e0da"
+# Columns of text beside the plot, in widths of it.
+LEFT, SHAPE, FASTER, TIME = -0.73, -0.03, 1.14, 1.32
+HEAD, ROW, FOOT = 1.15, 0.32, 0.95  # inches above, per row, and below
 PHASE = {"loss": "both", "softmax": "both", "statistics": "forward"}
 GROUPS = {
     "loss": "Loss and gradient",
@@ -36,21 +39,21 @@ def draw(results: dict[str, Any], path: Path) -> None:
     except ImportError as error:
         raise ImportError("bench: matplotlib is missing; pip install msdkern[bench]") from error
     groups = {name: by_family(results, name, PHASE[name]) for name in GROUPS}
-    rows = sum(len(found) + 1 for found in groups.values() if found)
-    figure = Figure(figsize=(10.5, 1.9 + 0.36 * rows), facecolor="white", layout="constrained")
+    groups = {name: found for name, found in groups.items() if found}
+    rows = sum(len(found) + 1 for found in groups.values())
+    height = HEAD + ROW * rows + FOOT
+    figure = Figure(figsize=(11, height), facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    lines, height = [], 0.0
+    axes = figure.add_axes((0.36, FOOT / height, 0.47, ROW * rows / height))
+    y = 0
     for name, found in groups.items():
-        if found:
-            axes.text(-0.005, -height, GROUPS[name], weight="bold", **_beside(axes, "right"))
-            height += 1
+        axes.text(LEFT, y, GROUPS[name], **_beside(axes, "left"), weight="bold")
         for view in found:
-            _row(axes, view, -height)
-            lines.append(view)
-            height += 1
-    _finish(axes, height, lines)
-    _title(axes, results)
+            y -= 1
+            _row(axes, view, y)
+        y -= 1
+    _finish(axes, y)
+    _head(figure, axes, results)
     figure.savefig(path, dpi=160)
 
 
@@ -70,22 +73,20 @@ def _row(axes: Any, view: View, y: float) -> None:
         _, colour, size = STYLE[kind]
         axes.scatter(ratio, y, s=size, color=colour, edgecolors="white", lw=1, zorder=order)
     case = view.case
-    axes.text(-0.005, y, f"{case['name']}   {_shape(case)}", **_beside(axes, "right"))
+    axes.text(LEFT, y, case["name"], **_beside(axes, "left"))
+    shape = f"{case['exits']} x {case['rows']} x {case['classes']}"
+    axes.text(SHAPE, y, shape, **_beside(axes, "right"))
     ours, compiled = view.ours, view.best("compiled")
-    faster = f"{times_faster(ours, compiled):>6}" if ours else "left out"
-    took = f"{seconds(ours.median):>8}" if ours else ""
-    axes.text(1.075, y, faster, weight="bold", **_beside(axes, "right"))
-    axes.text(1.175, y, took, **_beside(axes, "right"))
+    behind = ours is None or (compiled is not None and compiled.median < ours.median)
+    place = {**_beside(axes, "right"), "color": STYLE["msdkern"][1] if behind else INK}
+    axes.text(FASTER, y, times_faster(ours, compiled), **place, weight="bold")
+    axes.text(TIME, y, seconds(ours.median) if ours else "left out", **_beside(axes, "right"))
 
 
-def _shape(case: dict[str, Any]) -> str:
-    return f"({case['exits']}, {case['rows']}, {case['classes']})"
-
-
-def _finish(axes: Any, height: float, lines: list[View]) -> None:
+def _finish(axes: Any, bottom: float) -> None:
     """Axes: a logarithmic scale of multiples of the copy, and nothing that is not needed."""
     axes.set_xscale("log")
-    axes.set_ylim(-height + 0.4, 0.6)
+    axes.set_ylim(bottom + 0.4, 0.6)
     axes.axvline(1, color=INK, lw=1, zorder=1.5)
     axes.set_yticks([])
     for side in ("left", "right", "top"):
@@ -93,19 +94,29 @@ def _finish(axes: Any, height: float, lines: list[View]) -> None:
     axes.grid(axis="x", which="major", color=FAINT, lw=0.8)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.set_xlabel(
-        "time, as a multiple of copying the logits through autograd (1x = copy)", color=INK
-    )
     axes.tick_params(colors=INK)
-    for x, label in ((1.075, "over best\ncompiled"), (1.175, "time\nper call")):
+    label = "time of a call, in multiples of the bare copy of its logits (1x = copy, log scale)"
+    axes.set_xlabel(label, color=INK)
+    for x, text in ((SHAPE, "K x N x C"), (FASTER, "over best\ncompiled"), (TIME, "msdkern")):
         place = {**_beside(axes, "right"), "va": "bottom", "fontsize": 9}
-        axes.text(x, 0.5, label, **place)
+        axes.text(x, 0.6, text, **place)
 
 
-def _title(axes: Any, results: dict[str, Any]) -> None:
+def _head(figure: Any, axes: Any, results: dict[str, Any]) -> None:
+    """The title, where it was measured, and the key."""
+    software = results["software"]
+    place = f"{where(results)}, PyTorch {software['torch']}, msdkern {software['msdkern']}"
+    top = 1 - 0.3 / figure.get_figheight()
+    style = {"va": "center", "ha": "left", "color": INK}
+    figure.text(0.016, top, "How far from a bare copy", **style, fontsize=14, weight="bold")
+    figure.text(0.3, top, place, **style, fontsize=10)
     for label, colour, size in STYLE.values():
         axes.scatter([], [], s=size, color=colour, label=label, edgecolors="white")
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=9.5)
-    software = results["software"]
-    text = f"{where(results)}; PyTorch {software['torch']}, msdkern {software['msdkern']}"
-    axes.set_title(text, fontsize=9.5, color=INK, loc="left", pad=34)
+    figure.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.6, 0),
+        ncols=4,
+        frameon=False,
+        fontsize=10,
+        labelcolor=INK,
+    )

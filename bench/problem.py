@@ -30,23 +30,24 @@ class Problem:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.recipe = Recipe(case.weights(), case.pair, case.temperature)
-        generator = torch.Generator().manual_seed(case.exits * 1009 + case.classes)
+        generator = torch.Generator(case.device).manual_seed(case.exits * 1009 + case.classes)
         count = case.exits + case.teachers
 
         def normal() -> Tensor:
-            return torch.randn(case.rows, case.classes, generator=generator)
+            return torch.randn(case.rows, case.classes, generator=generator, device=case.device)
 
         # Exits of one network agree in part: a common term and a term of their own.
         common = normal().mul_(2)
         dtype = getattr(torch, case.dtype)
-        everyone = [(common + normal()).to(case.device, dtype) for _ in range(count)]
+        everyone = [(common + normal()).to(dtype) for _ in range(count)]
         self.logits = [z.requires_grad_() for z in everyone[: case.exits]]
         self.teachers = everyone[case.exits :]
-        labels = torch.randint(case.classes, (case.rows,), generator=generator)
-        self.target = labels.to(case.device)
+        self.target = torch.randint(
+            case.classes, (case.rows,), generator=generator, device=case.device
+        )
         self.upstream: list[Tensor] | None = None
         if case.family == "softmax":
-            self.upstream = [normal().to(case.device, dtype) for _ in range(case.exits)]
+            self.upstream = [normal().to(dtype) for _ in range(case.exits)]
 
     @property
     def bytes(self) -> int:

@@ -56,10 +56,11 @@ def where(results: dict[str, Any]) -> str:
 def _facts(results: dict[str, Any]) -> str:
     software, machine = results["software"], results["machine"]
     commit = software["commit"] or "not recorded"
+    load = ", ".join(map(str, results["settings"]["load"]))
     facts = [
         f"msdkern {software['msdkern']}, commit {commit}, kernels for {software['isa'] or 'none'}",
         f"PyTorch {software['torch']} ({machine['simd']}), Python {software['python']}",
-        f"{machine['cores']} cores, load before the run {results['settings']['load_before']}",
+        f"{machine['cores']} cores, load before and after the run {load}",
         f"taken on {results['date']}",
     ]
     return "\n".join(f"- {fact}" for fact in facts)

@@ -45,7 +45,7 @@ def run(cases: list[Case], settings: Settings, say: Say = lambda line: None) -> 
             "seconds": settings.seconds,
             "compile_caches": not settings.fresh_compile,
             "memory_kept": kept,
-            "load_before": _load(),
+            "load": [_load()],
         },
         "cases": [],
     }
@@ -56,6 +56,7 @@ def run(cases: list[Case], settings: Settings, say: Say = lambda line: None) -> 
             say(f"{prefix}: {line}")
 
         results["cases"].append(run_case(case, settings, tell))
+    results["settings"]["load"].append(_load())
     return results
 
 

@@ -155,6 +155,16 @@ def test_peak_memory_counts_what_lives_at_once():
     assert memory.peak_bytes(Contender("x", "eager", call, call), problem) == 3500
 
 
+def test_a_peer_that_cannot_be_imported_is_not_there(monkeypatch):
+    def missing(problem):
+        raise ImportError("no such project")
+
+    here = lambda problem: lambda: problem.logits[0].sum()  # noqa: E731
+    monkeypatch.setattr(peers, "PEERS", {"missing": missing, "here": here})
+    assert [name for name, _ in peers.available(Problem(case()))] == ["here"]
+    assert not list(peers.available(Problem(case(family="statistics"))))
+
+
 def test_a_peer_that_overwrites_its_logits_gets_a_copy():
     def overwriting(z, target):
         loss = torch.nn.functional.cross_entropy(z.float(), target)

@@ -56,7 +56,7 @@ def results():
             "isa": "avx2",
             "commit": "abc",
         },
-        "settings": {"threads": 2, "seconds": 1.0, "memory_kept": True, "load_before": 0.1},
+        "settings": {"threads": 2, "seconds": 1.0, "memory_kept": True, "load": [0.1, 1.9]},
         "cases": [entry(), entry(0.016, 9000, Case("wide", 4, 128, 32000))],
     }
 
