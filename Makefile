@@ -22,8 +22,8 @@ help:
 demo: $(PACKAGE)
 	$(SAY) 'What this computer offers'
 	@$(BIN)/msdkern doctor
-	$(SAY) 'Training a multi-exit network on 1,797 handwritten digits (into runs/demo)'
-	@$(BIN)/msdkern train --out runs/demo
+	$(SAY) 'Training a multi-exit network on 1,797 handwritten digits (a new folder under runs/)'
+	@$(BIN)/msdkern train
 
 test: $(PACKAGE)
 	$(SAY) 'Testing'
