@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 # Formulations tried by default; the four headline cases try all of them, because compiling K^2
@@ -128,7 +129,7 @@ CASES |= {case.name: Case(**{**vars(case), "device": "cuda"}) for case in _CUDA}
 def select(names: list[str] | None = None, device: str = "cpu", quick: bool = False) -> list[Case]:
     """The cases of a device, in table order: all, the quick ones, or those named.
 
-    A name may be a prefix (`imagenet` also means `imagenet_bf16`).
+    A name may be a pattern (`imagenet*` also means `imagenet_bf16`).
 
     Raises: ValueError for a name that matches nothing.
     """
@@ -137,7 +138,7 @@ def select(names: list[str] | None = None, device: str = "cpu", quick: bool = Fa
         return pool
     pool = [c for c in CASES.values() if c.device == device]
     for name in names:
-        if not any(c.name.startswith(name) for c in pool):
+        if not any(fnmatchcase(c.name, name) for c in pool):
             known = ", ".join(c.name for c in pool)
             raise ValueError(f"bench: case must be one of {known}; got {name!r}")
-    return [c for c in pool if any(c.name.startswith(name) for name in names)]
+    return [c for c in pool if any(fnmatchcase(c.name, name) for name in names)]

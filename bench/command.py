@@ -14,7 +14,12 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `msdkern bench`."""
     add = parser.add_argument
-    add("--cases", nargs="+", metavar="NAME", help="cases to run, by name or prefix (default: all)")
+    add(
+        "--cases",
+        nargs="+",
+        metavar="NAME",
+        help="by name or pattern, like imagenet* (default: all)",
+    )
     add("--list", action="store_true", help="print the cases and stop")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="which cases (default: cpu)")
     add("--quick", action="store_true", help="few cases, little time each: a first impression")

@@ -16,7 +16,7 @@ PAIRS = ("mutual", "last", "dense", "none", "teacher")
 
 
 def case(**options):
-    options = {"exits": 3, "rows": 6, "classes": 7, "temperature": 2.5} | options
+    options = {"exits": 4, "rows": 6, "classes": 7, "temperature": 2.5} | options
     options["teachers"] = int(options.get("pair") == "teacher")
     return Case("small", formulations=(), **options)
 
@@ -44,7 +44,7 @@ def test_truth_is_what_autograd_says_in_float64(pair):
 
 def test_truth_is_the_same_in_blocks_of_rows(monkeypatch):
     whole = Problem(case()).truth
-    monkeypatch.setattr("bench.problem._TRUTH_ROWS", 3 * 7 * 4)
+    monkeypatch.setattr("bench.problem._TRUTH_ROWS", 4 * 7 * 4)
     blocks = Problem(case()).truth
     torch.testing.assert_close(blocks.outputs, whole.outputs, rtol=1e-14, atol=0)
     torch.testing.assert_close(blocks.gradients, whole.gradients, rtol=0, atol=0)
@@ -122,7 +122,7 @@ def test_a_prediction_that_is_not_the_largest_logit_is_wrong():
 
 def test_a_missing_output_is_wrong():
     problem = Problem(case(family="softmax"))
-    with pytest.raises(WrongResult, match="must be 3; got 2"):
+    with pytest.raises(WrongResult, match="must be 4; got 2"):
         problem.check(softmax_per_exit(*arguments(problem))[:2])
 
 
@@ -141,7 +141,7 @@ def test_floor_hands_out_gradients_of_the_size_of_the_logits():
         torch.testing.assert_close(found, z.detach(), rtol=0, atol=0)
         assert found.data_ptr() != z.data_ptr()
     outputs = floor.train(Problem(case(family="softmax")))
-    assert [y.shape for y in outputs] == [(6, 7)] * 3
+    assert [y.shape for y in outputs] == [(6, 7)] * 4
 
 
 def test_peak_memory_counts_what_lives_at_once():

@@ -69,7 +69,9 @@ def test_contenders_take_turns_in_blocks_of_five(clock):
 
 
 def test_loss_has_three_phases_that_add_up(clock):
-    samples = timing.measure([contender(clock, "a", 0.001, [])], problem_of, 0.0)["a"]
+    log = []
+    both = [contender(clock, name, 0.001, log, first=1.0) for name in ("a", "b")]
+    samples = timing.measure(both, problem_of, 0.0)["a"]
     assert set(samples) == {"forward", "backward", "both"}
     assert samples["backward"] == [0.0] * len(samples["backward"])
     assert samples["both"] == pytest.approx([0.001] * len(samples["both"]))
