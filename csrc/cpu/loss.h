@@ -10,6 +10,7 @@ enum class Form { kScalar, kRows, kRowsBackward };
 
 // Scratch rows beyond this stay in the outer caches; recomputing exponentials is cheaper there.
 constexpr int64_t kRowSetBytes = 256 << 10;
+constexpr int64_t kPrefetched = 4096;  // the next row is fetched early up to this many classes
 constexpr int64_t kWindow = 256;  // classes per step when they are recomputed or converted
 
 // What a block of rows adds up, in double: per exit, and the matrix of pairs where it is wanted.
@@ -95,7 +96,7 @@ struct Loss {
         stride = padded<Real>(classes);
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
         stored = kept <= kRowSetBytes;
-        window = stored && sizeof(S) == sizeof(Real) ? stride : least(stride, padded<Real>(kWindow));
+        window = stored && kDirect ? stride : least(stride, padded<Real>(kWindow));
         values = find_pair_sweep<Real>(c.divergence, false);
         gradients = find_pair_sweep<Real>(c.divergence, true);
         student = !divergent ? cross_entropy_sweep<Real>
@@ -228,7 +229,8 @@ struct Loss {
     void softmaxes(int64_t n, const Scratch &scratch, Sweep<Real> &s, Softmaxes &result) const {
         for (int r = 0; r < rows; ++r) {
             const S *row = row_of(r, n);
-            const Real m = result.maximum[r] = row_maximum(row, classes);
+            const S *next = n + 1 < call.rows && classes <= kPrefetched ? row_of(r, n + 1) : nullptr;
+            const Real m = result.maximum[r] = row_maximum(row, classes, next);
             const RowSums<Real> sums =
                 stored ? exponentials<true>(power, row, classes, m, inverse_t, store_of(scratch, r))
                        : exponentials<false>(power, row, classes, m, inverse_t, RowStore<Real>());
@@ -243,27 +245,22 @@ struct Loss {
         logarithms(result.log_one, exits);
     }
 
+    static const bool kDirect = sizeof(S) == sizeof(Real);  // gradients need no conversion
+
     // Runs a sweep over all classes, window by window, and stores gradients in their dtype.
     void run(SweepFunction<Real> sweep, int64_t n, const Scratch &scratch, Sweep<Real> &s,
              const Softmaxes &softmax, bool writes) const {
         for (int64_t begin = 0; begin < classes; begin += window) {
             const int64_t count = least(window, classes - begin);
             if (!stored) refill(n, begin, count, scratch, softmax);
-            const int64_t at = stored ? begin : 0;
-            // Whole vectors go straight into the caller's gradient where the dtype allows it.
-            const int64_t whole = writes && sizeof(S) == sizeof(Real) ? count / W * W : 0;
-            if (whole) {
-                aim(s, scratch, at, begin);
-                for (int k = 0; k < exits; ++k)
-                    s.out[k] = call.gradient[k] ? direct(gradient_of(k, n) + begin) : nullptr;
-                sweep(s, whole);
+            if (window < classes) aim(s, scratch, begin);
+            for (int k = 0; k < exits; ++k) {
+                Real *const to =
+                    kDirect ? direct(gradient_of(k, n)) + begin : scratch.gradient + k * window;
+                s.out[k] = writes && call.gradient[k] ? to : nullptr;
             }
-            if (whole == count) continue;
-            aim(s, scratch, at + whole, begin + whole);
-            for (int k = 0; k < exits; ++k)
-                s.out[k] = writes && call.gradient[k] ? scratch.gradient + k * window : nullptr;
-            sweep(s, (count - whole + W - 1) / W * W);
-            if (writes) flush(n, begin + whole, count - whole, s);
+            sweep(s, count);
+            if (writes && !kDirect) flush(n, begin, count, s);
         }
     }
     void refill(int64_t n, int64_t begin, int64_t count, const Scratch &scratch,
@@ -272,7 +269,9 @@ struct Loss {
             exponentials<true>(power, row_of(r, n) + begin, count, softmax.maximum[r], inverse_t,
                                store_of(scratch, r));
     }
-    void aim(Sweep<Real> &s, const Scratch &scratch, int64_t at, int64_t begin) const {
+    // Points the sweep at the classes from `begin` on.
+    void aim(Sweep<Real> &s, const Scratch &scratch, int64_t begin) const {
+        const int64_t at = stored ? begin : 0;
         for (int r = 0; r < rows; ++r) {
             const RowStore<Real> kept = store_of(scratch, r);
             s.x[r] = kept.x + at;
@@ -292,15 +291,14 @@ struct Loss {
         for (int k = 0; k < exits; ++k) {
             if (!s.out[k]) continue;
             S *to = gradient_of(k, n) + begin;
-            if (sizeof(S) != sizeof(Real) && label >= 0 && label < count)
-                s.out[k][label] -= s.mass_scale[k];
+            if (label >= 0 && label < count) s.out[k][label] -= s.mass_scale[k];
             int64_t c = 0;
             for (; c + W <= count; c += W) store(to + c, load(s.out[k] + c));
             if (c < count) store_partial(to + c, int(count - c), load(s.out[k] + c));
         }
     }
     void subtract_label(int64_t n, const Sweep<Real> &s) const {
-        if (sizeof(S) != sizeof(Real) || !call.label || dense_target) return;
+        if (!kDirect || !call.label || dense_target) return;
         for (int k = 0; k < exits; ++k)
             if (call.gradient[k]) direct(gradient_of(k, n))[call.label[n]] -= s.mass_scale[k];
     }
@@ -429,6 +427,7 @@ struct Loss {
         sweep.detach = call.detach_teacher != 0;
         sweep.beta = Real(call.beta);
         pair_weights(sweep, s.weight);
+        aim(sweep, s, 0);
         for (int64_t n = first; n < last; ++n) row(n, s, sweep, partial);
         arena().trim();
     }

@@ -95,7 +95,8 @@ INLINE void for_vectors(const S *row, int64_t classes, typename Kind<S>::Real fi
 }
 
 template <class S>
-INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes) {
+INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes,
+                                          const S *prefetch = nullptr) {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
@@ -103,6 +104,11 @@ INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes) {
     V m0 = lowest, m1 = lowest, m2 = lowest, m3 = lowest;
     int64_t c = 0;
     for (; c + 4 * W <= classes; c += 4 * W) {
+        if (prefetch) {
+            // Prefetchers stop at page boundaries, and rows of one exit lie far apart.
+            for (int i = 0; i < 4 * W * int(sizeof(S)); i += 64)
+                __builtin_prefetch(reinterpret_cast<const char *>(prefetch + c) + i);
+        }
         m0 = maximum(load(row + c), m0);
         m1 = maximum(load(row + c + W), m1);
         m2 = maximum(load(row + c + 2 * W), m2);
@@ -127,9 +133,8 @@ INLINE int64_t first_class(const S *row, int64_t classes, Test test) {
             break;
     for (; c < classes; c += W) {
         const int n = int(least<int64_t>(W, classes - c));
-        const auto hit = test(n == W ? load(row + c) : load_partial(row + c, n, nothing));
-        for (int i = 0; i < n; ++i)
-            if (hit[i]) return c + i;
+        const int lane = first_lane(test(n == W ? load(row + c) : load_partial(row + c, n, nothing)));
+        if (lane >= 0) return c + lane;
     }
     return classes;
 }
@@ -145,7 +150,7 @@ static int64_t row_argmax(const S *row, int64_t classes, Real m, bool may_have_n
     }
     const int64_t c =
         first_class(row, classes, [m](V z) __attribute__((always_inline)) { return z == m; });
-    return c < classes ? c : 0;
+    return c < classes ? c : 0;  // -inf in every class: padding may answer first
 }
 
 // How the exponentials at T = 1 follow from those at T: e^(z - m) = (e^((z - m) / T))^T.

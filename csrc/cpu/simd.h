@@ -57,11 +57,13 @@ template <>
 struct Vector<float> {
     typedef VecF Vec;
     typedef IntF Int;
+    typedef int32_t Lane;
 };
 template <>
 struct Vector<double> {
     typedef VecD Vec;
     typedef IntD Int;
+    typedef int64_t Lane;
 };
 template <class Real>
 using VecOf = typename Vector<Real>::Vec;
@@ -131,25 +133,55 @@ INLINE void store(half *p, VecF v) {
 }
 #endif
 
-// The first n lanes; the others are `fill`. Reads nothing beyond p[n - 1].
+// The first n lanes (1 <= n <= lanes); the others are `fill`. Nothing beyond p[n - 1] is read or
+// written.
+template <class Real>
+INLINE typename Vector<Real>::Int first_lanes(int n) {
+    typedef typename Vector<Real>::Lane Lane;
+    static const Lane window[32] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                    -1, -1, -1, -1, -1, -1, -1, -1};  // then zeros
+    return read<typename Vector<Real>::Int>(window + 16 - n);
+}
+
 template <class S>
 INLINE VecOf<typename Kind<S>::Real> load_partial(const S *p, int n,
                                                   typename Kind<S>::Real fill) {
     typedef typename Kind<S>::Real Real;
     S part[kLanes<Real>] = {};
-    memcpy(part, p, size_t(n) * sizeof(S));
-    Real lanes[kLanes<Real>];
-    store(lanes, load(part));
-    for (int i = n; i < kLanes<Real>; ++i) lanes[i] = fill;
-    return load(lanes);
+    for (int i = 0; i < n; ++i) part[i] = p[i];
+    return first_lanes<Real>(n) ? load(part) : splat(fill);
 }
 
 template <class S>
 INLINE void store_partial(S *p, int n, VecOf<typename Kind<S>::Real> v) {
     S part[kLanes<typename Kind<S>::Real>];
     store(part, v);
-    memcpy(p, part, size_t(n) * sizeof(S));
+    for (int i = 0; i < n; ++i) p[i] = part[i];
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+INLINE VecF load_partial(const float *p, int n, float fill) {
+    const IntF lanes = first_lanes<float>(n);
+    return lanes ? (VecF)_mm256_maskload_ps(p, (__m256i)lanes) : splat(fill);
+}
+INLINE VecD load_partial(const double *p, int n, double fill) {
+    const IntD lanes = first_lanes<double>(n);
+    return lanes ? (VecD)_mm256_maskload_pd(p, (__m256i)lanes) : splat(fill);
+}
+#elif defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+INLINE VecF load_partial(const float *p, int n, float fill) {
+    return (VecF)_mm512_mask_loadu_ps((__m512)splat(fill), __mmask16((1u << n) - 1), p);
+}
+INLINE VecD load_partial(const double *p, int n, double fill) {
+    return (VecD)_mm512_mask_loadu_pd((__m512d)splat(fill), __mmask8((1u << n) - 1), p);
+}
+INLINE void store_partial(float *p, int n, VecF v) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+INLINE void store_partial(double *p, int n, VecD v) {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+#endif
 
 // Selections and reductions, in a fixed order. ------------------------------------------------
 
@@ -179,23 +211,87 @@ INLINE V weigh(V p, V x) {
     return p * (p == V{} ? V{} : x);
 }
 
-template <class Real, class Op>
-INLINE Real reduce(VecOf<Real> v, Op op) {
-    Real lanes[kLanes<Real>];
-    store(lanes, v);
-    for (int width = kLanes<Real> / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] = op(lanes[i], lanes[i + width]);
-    return lanes[0];
+// Halves are combined until one lane is left: a fixed tree.
+typedef float F4 __attribute__((vector_size(16)));
+typedef float F8 __attribute__((vector_size(32)));
+typedef float F16 __attribute__((vector_size(64)));
+typedef double D2 __attribute__((vector_size(16)));
+typedef double D4 __attribute__((vector_size(32)));
+typedef double D8 __attribute__((vector_size(64)));
+
+struct Add {
+    template <class V>
+    INLINE_MEMBER V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Largest {
+    template <class V>
+    INLINE_MEMBER V operator()(V a, V b) const {
+        return a > b ? a : b;
+    }
+};
+
+template <class Op>
+INLINE float reduce(F4 v, Op op) {
+    const F4 w = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    return op(w, __builtin_shufflevector(w, w, 1, 0, 3, 2))[0];
+}
+template <class Op>
+INLINE float reduce(F8 v, Op op) {
+    return reduce(op(__builtin_shufflevector(v, v, 0, 1, 2, 3),
+                     __builtin_shufflevector(v, v, 4, 5, 6, 7)),
+                  op);
+}
+template <class Op>
+INLINE float reduce(F16 v, Op op) {
+    return reduce(op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
+                  op);
+}
+template <class Op>
+INLINE double reduce(D2 v, Op op) {
+    return op(v, __builtin_shufflevector(v, v, 1, 0))[0];
+}
+template <class Op>
+INLINE double reduce(D4 v, Op op) {
+    return reduce(
+        op(__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)), op);
+}
+template <class Op>
+INLINE double reduce(D8 v, Op op) {
+    return reduce(op(__builtin_shufflevector(v, v, 0, 1, 2, 3),
+                     __builtin_shufflevector(v, v, 4, 5, 6, 7)),
+                  op);
 }
 
 template <class Real>
 INLINE Real sum(VecOf<Real> v) {
-    return reduce<Real>(v, [](Real a, Real b) __attribute__((always_inline)) { return a + b; });
+    return reduce(v, Add());
 }
 template <class Real>
 INLINE Real largest(VecOf<Real> v) {
-    return reduce<Real>(v,
-                        [](Real a, Real b) __attribute__((always_inline)) { return a > b ? a : b; });
+    return reduce(v, Largest());
+}
+
+// The first lane for which a comparison holds, or -1.
+INLINE int first_lane(IntF hit) {
+#if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+    const unsigned lanes = _mm512_test_epi32_mask((__m512i)hit, (__m512i)hit);
+    return lanes ? __builtin_ctz(lanes) : -1;
+#elif defined(__AVX__) && !defined(MSDKERN_VECTOR_BYTES)
+    const int lanes = _mm256_movemask_ps((__m256)hit);
+    return lanes ? __builtin_ctz(unsigned(lanes)) : -1;
+#else
+    for (int i = 0; i < kLanes<float>; ++i)
+        if (hit[i]) return i;
+    return -1;
+#endif
+}
+INLINE int first_lane(IntD hit) {
+    for (int i = 0; i < kLanes<double>; ++i)
+        if (hit[i]) return i;
+    return -1;
 }
 
 // exp(x) for x <= 0, exactly 1 at 0 and exactly 0 below the smallest normal; NaN for NaN. -----

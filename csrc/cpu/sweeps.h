@@ -115,10 +115,19 @@ struct Dense : Mixture<VecOf<Real>, NV> {
     INLINE_MEMBER void passed(int, const V *, const V *) {}
 };
 
+// A whole vector, or only its first `partial` lanes where that is not 0.
+template <class Real>
+INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
+    if (partial)
+        store_partial(to, partial, v);
+    else
+        store(to, v);
+}
+
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
 // teachers, and the whole gradient. One sweep, O(K) but for Dense.
 template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradient, int NV>
-INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value) {
+INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, int partial = 0) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
     V q[MSDKERN_MAX_ROWS][NV], d[MSDKERN_MAX_ROWS][NV], reference[NV];
@@ -145,7 +154,7 @@ INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value) {
                 V g = forward_kl_gradient(q_i, n, mass) * s.pair_scale[i];
                 g += load(s.one[i] + c + v * W) * s.p_scale[i];
                 if (s.mass) g -= load(s.mass + c + v * W) * s.mass_scale[i];
-                store(s.out[i] + c + v * W, g);
+                store_some(s.out[i] + c + v * W, g, partial);
             }
         }
         mixer.passed(i, q[i], d[i]);
@@ -161,7 +170,10 @@ static void student_sweep(Sweep<Real> &s, int64_t classes) {
     int64_t c = 0;
     for (; c + 2 * W <= classes; c += 2 * W)
         student_tile<Real, Mixer, kSoft, kGradient, 2>(s, c, value);
-    for (; c < classes; c += W) student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value);
+    for (; c + W <= classes; c += W)
+        student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value);
+    if (c < classes)
+        student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value, int(classes - c));
     for (int i = 0; i < s.exits; ++i) s.value[i] += s.share[i] * sum<Real>(value[i]);
 }
 
@@ -191,7 +203,7 @@ static void cross_entropy_sweep(Sweep<Real> &s, int64_t classes) {
         for (int64_t c = 0; c < classes; c += W) {
             VecOf<Real> g = load(s.one[i] + c) * s.p_scale[i];
             if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
-            store(s.out[i] + c, g);
+            store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }
     }
 }
@@ -254,7 +266,7 @@ static void pair_gradients(Sweep<Real> &s, int64_t classes) {
             V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
             g += load(s.one[i] + c) * s.p_scale[i];
             if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
-            store(s.out[i] + c, g);
+            store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }
     }
 }
