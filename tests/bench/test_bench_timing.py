@@ -34,11 +34,15 @@ def clock(monkeypatch):
 
 
 def contender(clock, name, cost, log, first=0.0):
-    """Costs `cost` per call, and `first` more when somebody else was called before."""
+    """Costs `cost` per call, and `first` more after somebody else or after another phase."""
+    before = []
 
     def call():
-        clock.now += cost + (first if not log or log[-1] != name else 0.0)
+        phase = torch.is_grad_enabled()
+        cold = log[-1:] != [name] or before[-1:] != [phase]
+        clock.now += cost + (first if cold else 0.0)
         log.append(name)
+        before.append(phase)
         return problem_of.logits[0].sum()
 
     return Contender(name, "eager", call, call)
