@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msdkern.train.config import TrainConfig
-    from msdkern.train.fit import fit
+    from msdkern.train.loop import fit
 
 __all__ = ["TrainConfig", "fit"]
 
@@ -15,7 +15,7 @@ __all__ = ["TrainConfig", "fit"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `msdkern train --help` answers without loading PyTorch.
     if name == "fit":
-        from msdkern.train.fit import fit
+        from msdkern.train.loop import fit
 
         return fit
     if name == "TrainConfig":

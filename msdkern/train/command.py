@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(shares))
         return 0
-    from msdkern.train.fit import fit
+    from msdkern.train.loop import fit
 
     config = choose_config(given, args.resume)
     report = fit(config, args.resume)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def choose_config(given: dict[str, Any], resume: bool) -> TrainConfig:
     """Defaults, or the config of the run that is resumed, with the given options."""
-    from msdkern.train.fit import stored_config
+    from msdkern.train.loop import stored_config
 
     config = TrainConfig(**given)
     folder = Path(config.out) if config.out else default_folder(config, resume)
@@ -71,7 +71,7 @@ def default_folder(config: TrainConfig, resume: bool) -> Path:
 
 def draw(config: TrainConfig) -> str:
     """Draws both pictures beside the checkpoints, and says where, or why not."""
-    from msdkern.train.fit import read_json
+    from msdkern.train.loop import read_json
     from msdkern.train.log import read_log
     from msdkern.train.report import draw_cost, draw_curves, missing_matplotlib
 

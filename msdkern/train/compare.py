@@ -90,7 +90,7 @@ def folder_name(spec: str) -> str:
 
 def run_config(base: TrainConfig, spec: str, seed: int, folder: Path) -> TrainConfig:
     """The config of one run; one that is in ``folder`` already must agree with it."""
-    from msdkern.train.fit import stored_config
+    from msdkern.train.loop import stored_config
 
     loss, *options = spec.split(":")
     config = replace(
@@ -121,7 +121,7 @@ def check_losses(plan: dict[str, list[TrainConfig]]) -> None:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """One run, continued or new; a finished one only returns its report."""
-    from msdkern.train.fit import fit
+    from msdkern.train.loop import fit
 
     if not config.quiet:
         print(f"{config.out}:", file=sys.stderr, flush=True)
@@ -189,7 +189,7 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 def write(folder: Path, summary: dict[str, Any], text: str, title: str) -> None:
     """``compare.json``, ``compare.md`` and ``compare.png`` in ``folder``."""
     from msdkern.train.files import write_atomically
-    from msdkern.train.fit import write_json
+    from msdkern.train.loop import write_json
     from msdkern.train.report import missing_matplotlib
 
     write_json(folder / "compare.json", summary)

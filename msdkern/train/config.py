@@ -64,7 +64,7 @@ class TrainConfig:
     )
     executor: str = option("auto", "who computes the losses: auto, eager, cpu, ...", free=True)
     threads: int = option(0, "CPU threads; 0 leaves PyTorch's choice", free=True)
-    amp: bool = option(False, "compute the network in bfloat16")
+    amp: bool = option(False, "compute the network in bfloat16: slow on CPUs that cannot")
     compile: bool = option(False, "torch.compile the network and its loss")
     channels_last: bool = option(True, "keep channels innermost in memory: faster convolutions")
 
@@ -110,9 +110,7 @@ def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "held_out": ((lambda value: 0 < value < 1), "between 0 and 1"),
-    # Below, the weight gradient of a strided 1x1 convolution overruns its memory on some CPUs
-    # (oneDNN issue 6035), and the process dies or worse.
-    "width": _at_least(16),
+    "width": _at_least(1),
     "exits": _at_least(1),
     "temperature": _above(0),
     "epochs": _at_least(1),
