@@ -71,8 +71,8 @@ def default_folder(config: TrainConfig, resume: bool) -> Path:
 
 def draw(config: TrainConfig) -> str:
     """Draws both pictures beside the checkpoints, and says where, or why not."""
-    from msdkern.train.loop import read_json
     from msdkern.train.log import read_log
+    from msdkern.train.loop import read_json
     from msdkern.train.report import draw_cost, draw_curves, missing_matplotlib
 
     sentence = missing_matplotlib()

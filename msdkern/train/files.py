@@ -3,12 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from msdkern.cli import CommandError
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives a failed write the name of its file, which the system leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -19,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """
     neighbour = path.with_name(path.name + ".tmp")
     try:
-        with open(neighbour, "wb") as file:
+        with naming(path), open(neighbour, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdkern.train.files import naming
+
 
 class Log:
     """``log.jsonl``, cut back to what the checkpoint knew and continued from there.
@@ -22,21 +25,26 @@ class Log:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
+        self.path = path
         self.file = open(path, "ab")  # noqa: SIM115 - closed by the run
         self.file.truncate(min(size, self.file.tell()))
         self.file.seek(0, os.SEEK_END)
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
 
     def sync(self) -> int:
         """Makes all lines durable and returns the file's size, for the checkpoint."""
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
-        self.file.close()
+        # What a full disk did not take stays in the buffer, and closing would try it again.
+        with contextlib.suppress(OSError):
+            self.file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

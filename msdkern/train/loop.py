@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import time
@@ -22,6 +23,7 @@ from msdkern.train.files import FolderLock, write_atomically
 from msdkern.train.log import Log, Progress
 from msdkern.train.run import Run, choose_executor
 
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # the disk, a limit, a quota
 LogCallable = Callable[[dict[str, Any], int], object]
 
 
@@ -42,7 +44,6 @@ def fit(
 
     Raises:
         CommandError: in one sentence, for all that the caller can mend.
-        OSError: when the disk is full; the checkpoints of the run stay whole.
     """
     folder = Path(config.out)
     with FolderLock(folder), choose_executor(config.executor):
@@ -57,8 +58,16 @@ def fit(
         run = Run(config, data.load(config))
         if state is not None:
             run.restore(state)
-        write_json(folder / "config.json", config.to_dict())
-        return train(run, folder, state["log_size"] if state else 0, log)
+        try:
+            write_json(folder / "config.json", config.to_dict())
+            return train(run, folder, state["log_size"] if state else 0, log)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise CommandError(
+                f"{error.filename}: {error.strerror}; what was saved before is whole: make room"
+                " and continue with --resume"
+            ) from None
 
 
 def refuse_used(folder: Path) -> None:
@@ -198,6 +207,7 @@ def end_epoch(
     held_out: dict[str, Any],
 ) -> None:
     """Logs the epoch and moves on to the next."""
+    finite(run)
     means = run.epoch_meter.read()
     names = ("accuracy", "cross_entropy", "confidence")
     entry = {
@@ -213,8 +223,6 @@ def end_epoch(
     progress.end_epoch(entry, run.config.epochs)
     run.epoch, run.batch = run.epoch + 1, 0
     run.epoch_meter.clear()
-    if not math.isfinite(means["loss"]):
-        finite(run)
 
 
 class Clock:

@@ -47,9 +47,10 @@ def attempt(arguments: list[str], plan: tuple | None) -> int:
         time.sleep(plan[1])
         os.kill(child, signal.SIGKILL)
     elif plan and plan[0] == "file":
-        while not os.path.exists(plan[1]) and os.waitid(
-            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ) is None:
+        while (
+            not os.path.exists(plan[1])
+            and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             pass
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

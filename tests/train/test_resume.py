@@ -176,7 +176,7 @@ def test_full_disk_loses_no_checkpoint(config, monkeypatch, name):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, name, full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(CommandError, match="No space left on device; what was saved"):
             fit(c)
     state = checkpoint.load_newest(Path(c.out), print)
     assert state["step"] >= 1
