@@ -208,14 +208,19 @@ def draw(summary: dict[str, Any], title: str, path: Path) -> None:
     losses = summary["losses"]
     with picture(path, 6.8, 4.6) as (axes,):
         every_cost, every_accuracy = [], []
-        for (name, rows), colour in zip(losses.items(), COLOURS * len(losses), strict=False):
-            cost = [row["madds"] for row in rows]
+        for place, (name, rows) in enumerate(losses.items()):
+            # A little aside, so that the bars of two losses do not hide each other.
+            aside = 0.012 * rows[-1]["madds"] * (place - (len(losses) - 1) / 2)
+            cost = [row["madds"] + aside for row in rows]
+            colour = COLOURS[place % len(COLOURS)]
             mean = [100 * row["accuracy"]["mean"] for row in rows]
             spread = [100 * (row["accuracy"]["spread"] or 0) for row in rows]
-            axes.errorbar(cost, mean, spread, color=colour, marker="o", capsize=3, label=name)
+            axes.errorbar(
+                cost, mean, spread, color=colour, marker="o", elinewidth=1.2, capsize=3, label=name
+            )
             every_cost += cost
             every_accuracy += [m + s for m, s in zip(mean, spread, strict=True)]
             every_accuracy += [m - s for m, s in zip(mean, spread, strict=True)]
         cost_axes(axes, every_cost, every_accuracy)
         axes.set_title(title)
-        axes.legend(loc="lower right")
+        axes.figure.legend(loc="outside lower center", ncols=min(len(losses), 4))
