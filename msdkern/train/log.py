@@ -94,7 +94,7 @@ class Progress:
         self.bar = tqdm(
             total=total * batch_rows,
             initial=done * batch_rows,
-            unit="row",
+            unit=" rows",
             unit_scale=True,
             dynamic_ncols=True,
             leave=False,
@@ -107,9 +107,8 @@ class Progress:
 
     def show(self, means: dict[str, Any]) -> None:
         if self.bar is not None:
-            self.bar.set_postfix_str(
-                f"loss {means['loss']:.3f}, accuracy {percents(means['accuracy'])}", refresh=False
-            )
+            text = f"loss {means['loss']:.3f}, right {percents(means['accuracy'])}"
+            self.bar.set_postfix_str(text, refresh=False)
 
     def end_epoch(self, record: dict[str, Any], epochs: int) -> None:
         if self.quiet:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -53,8 +54,7 @@ def fit(
             refuse_used(folder)
         if config.threads:
             torch.set_num_threads(config.threads)
-        progress = Progress(0, 0, 0, config.quiet)
-        state = checkpoint.load_newest(folder, progress.say) if resume else None
+        state = checkpoint.load_newest(folder, warn) if resume else None
         run = Run(config, data.load(config))
         if state is not None:
             run.restore(state)
@@ -68,6 +68,10 @@ def fit(
                 f"{error.filename}: {error.strerror}; what was saved before is whole: make room"
                 " and continue with --resume"
             ) from None
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def refuse_used(folder: Path) -> None:

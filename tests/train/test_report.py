@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and pictures."""
 
+import io
 import sys
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from msdkern.train import report
-from msdkern.train.log import Log, percents, read_log
+from msdkern.train.log import Log, Progress, percents, read_log
 
 REPORT = {
     "exits": [
@@ -98,3 +99,45 @@ def test_log_is_cut_to_what_the_checkpoint_knew(tmp_path):
 
 def test_percents():
     assert percents([0.5, 0.98765]) == "50.0 98.8 %"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+EPOCH = {
+    "epoch": 1,
+    "loss": 0.5,
+    "held_out": {"accuracy": [0.5, 0.75]},
+    "rows_per_second": 1234.5,
+}
+LINE = "epoch 1/2  loss 0.5000  held out 50.0 75.0 %  1,234 rows/s\n"
+
+
+@pytest.mark.parametrize(
+    ("screen", "tqdm"), [(Terminal, True), (Terminal, False), (io.StringIO, True)]
+)
+def test_progress(monkeypatch, screen, tqdm):
+    monkeypatch.setattr(sys, "stderr", screen())
+    if not tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    progress = Progress(10, 4, 16, quiet=False)
+    progress.show({"loss": 0.25, "accuracy": [0.5, 0.75]})
+    progress.advance(16)
+    progress.end_epoch(EPOCH, 2)
+    progress.close()
+    text = sys.stderr.getvalue()
+    if screen is Terminal and tqdm:
+        assert "/160" in text
+        assert LINE in text
+    else:
+        assert text == LINE
+
+
+def test_quiet_is_quiet(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(10, 0, 16, quiet=True)
+    progress.end_epoch(EPOCH, 2)
+    progress.close()
+    assert sys.stderr.getvalue() == ""
