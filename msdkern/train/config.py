@@ -63,7 +63,9 @@ class TrainConfig:
         "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", free=True
     )
     executor: str = option("auto", "who computes the losses: auto, eager, cpu, ...", free=True)
-    threads: int = option(0, "CPU threads; 0 leaves PyTorch's choice", free=True)
+    threads: int = option(
+        0, "CPU threads; 0: one for images up to 16x16, else PyTorch's choice", free=True
+    )
     amp: bool = option(False, "compute the network in bfloat16: slow on CPUs that cannot")
     compile: bool = option(False, "torch.compile the network and its loss")
     channels_last: bool = option(True, "keep channels innermost in memory: faster convolutions")

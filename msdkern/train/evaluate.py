@@ -64,7 +64,14 @@ def evaluate(
 
 def evaluate_checkpoint(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The report of the checkpoint at ``path``; ``given`` replaces fields of its config."""
-    from msdkern.train.run import build_model, choose_executor, config_of, pick_device, place
+    from msdkern.train.run import (
+        build_model,
+        choose_executor,
+        config_of,
+        cpu_threads,
+        pick_device,
+        place,
+    )
 
     state = checkpoint.load(path)
     config = replace(config_of(state), **given)
@@ -74,12 +81,10 @@ def evaluate_checkpoint(path: Path, given: dict[str, Any]) -> dict[str, Any]:
             f"{path}: was trained on other images than those of --data {config.data}; for another"
             " folder pass --root"
         )
-    if config.threads:
-        torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     model = build_model(config, len(dataset.classes), dataset.input_shape[0])
     model.load_state_dict(state["model"])
-    with choose_executor(config.executor):
+    with choose_executor(config.executor), cpu_threads(config, dataset):
         started = time.perf_counter()
         report = evaluate(place(model, device, config), dataset, config, device)
         seconds = time.perf_counter() - started

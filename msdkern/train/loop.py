@@ -22,7 +22,7 @@ from msdkern.train.config import TrainConfig, check_fields
 from msdkern.train.evaluate import evaluate
 from msdkern.train.files import FolderLock, write_atomically
 from msdkern.train.log import Log, Progress
-from msdkern.train.run import Run, choose_executor
+from msdkern.train.run import Run, choose_executor, cpu_threads
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # the disk, a limit, a quota
 LogCallable = Callable[[dict[str, Any], int], object]
@@ -52,15 +52,15 @@ def fit(
             return read_json(folder / "result.json")
         if not resume:
             refuse_used(folder)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         state = checkpoint.load_newest(folder, warn) if resume else None
-        run = Run(config, data.load(config))
+        dataset = data.load(config)
+        run = Run(config, dataset)
         if state is not None:
             run.restore(state)
         try:
             write_json(folder / "config.json", config.to_dict())
-            return train(run, folder, state["log_size"] if state else 0, log)
+            with cpu_threads(config, dataset):
+                return train(run, folder, state["log_size"] if state else 0, log)
         except OSError as error:
             if error.errno not in FULL:
                 raise

@@ -18,7 +18,7 @@ from msdkern.cli import CommandError
 from msdkern.train import data
 from msdkern.train.config import TrainConfig
 from msdkern.train.report import aligned
-from msdkern.train.run import Run, choose_executor
+from msdkern.train.run import Run, choose_executor, cpu_threads
 
 Loss = Callable[[list[Tensor], Tensor], Tensor]
 ROUNDS, BLOCK = 30, 5
@@ -40,10 +40,9 @@ def profile_loss(config: TrainConfig) -> dict[str, Any]:
 
     Returns ``{"network": s, "loss": {"msdkern", "eager", "compiled"}, "share": {...}}``.
     """
-    with choose_executor(config.executor):
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        run = Run(config, data.load(config))
+    dataset = data.load(config)
+    with choose_executor(config.executor), cpu_threads(config, dataset):
+        run = Run(config, dataset)
         images, labels = next(run.batches.epoch(0))
         run.model.train()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from msdkern import cli
 from msdkern.train import data
@@ -32,9 +31,7 @@ def msdkern(*words, **settings):
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
-    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
     data._load.cache_clear()
 
 

@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from msdkern.train import data
@@ -56,10 +55,8 @@ def config(tree, tmp_path):
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
-    """The number of threads and the data in memory do not leak into other tests."""
-    threads = torch.get_num_threads()
+    """The data in memory do not leak into other tests."""
     yield
-    torch.set_num_threads(threads)
     data._load.cache_clear()
 
 

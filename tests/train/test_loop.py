@@ -14,7 +14,7 @@ from msdkern.train import TrainConfig, checkpoint, data, fit
 from msdkern.train.evaluate import evaluate, evaluate_checkpoint
 from msdkern.train.log import Meter, read_log
 from msdkern.train.loop import train_step
-from msdkern.train.run import Run, learning_rate
+from msdkern.train.run import Run, cpu_threads, learning_rate
 
 
 def model_of(config):
@@ -230,3 +230,12 @@ def test_fewer_exits_are_the_deepest(config):
     branch_of_first = costs[1][0]["madds"]
     assert costs[0][-1]["madds"] < costs[1][-1]["madds"]
     assert costs[0][-1]["madds"] > costs[1][-1]["madds"] - branch_of_first
+
+
+def test_threads_are_those_asked_for_and_given_back(config):
+    before = torch.get_num_threads()
+    dataset = data.load(config())
+    for threads, expected in ((3, 3), (0, 1)):  # the images are small: one
+        with cpu_threads(config(threads=threads), dataset):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == before
