@@ -42,14 +42,14 @@ void fill(std::int64_t (&table)[N], const Numbers &numbers) {
 // the upstream gradients that it reads.
 enum Form { kScalar, kRows, kRowsBackward };
 
-py::tuple loss(int form, int dtype, int threads, int exits,
-               std::int64_t rows, std::int64_t classes, const Addresses &logits,
-               const Numbers &strides, const Addresses &gradients, std::uintptr_t label,
-               std::uintptr_t target, std::uintptr_t exit_weight, bool exit_weight_per_row,
-               int pairs, std::uintptr_t pair_weight, bool pair_weight_per_row, double pair_scale,
-               double temperature, bool temperature_squared, int divergence, double beta,
-               bool detach_teacher, std::uintptr_t class_weight, std::int64_t ignore_index,
-               double label_smoothing, bool mean, double normalizer, const Addresses &outputs) {
+py::tuple loss(int form, int dtype, int threads, int exits, std::int64_t rows, std::int64_t classes,
+               const Addresses &logits, const Numbers &strides, const Addresses &gradients,
+               std::uintptr_t label, std::uintptr_t target, std::uintptr_t exit_weight,
+               bool exit_weight_per_row, int pairs, std::uintptr_t pair_weight,
+               bool pair_weight_per_row, double pair_scale, double temperature,
+               bool temperature_squared, int divergence, double beta, bool detach_teacher,
+               std::uintptr_t class_weight, std::int64_t ignore_index, double label_smoothing,
+               bool mean, double normalizer, const Addresses &outputs) {
     msdkern_loss call = {};
     call.dtype = dtype;
     call.threads = threads;

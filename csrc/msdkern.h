@@ -83,11 +83,11 @@ typedef struct msdkern_softmax {
     int32_t dtype, exits, threads, log;
     int64_t rows, classes;
     double temperature;
-    const void *input[MSDKERN_MAX_EXITS];   // logits, or the saved outputs in backward
-    int64_t stride[MSDKERN_MAX_EXITS];      // of input
+    const void *input[MSDKERN_MAX_EXITS];  // logits, or the saved outputs in backward
+    int64_t stride[MSDKERN_MAX_EXITS];     // of input
     const void *upstream[MSDKERN_MAX_EXITS];
     int64_t upstream_stride[MSDKERN_MAX_EXITS];
-    void *output[MSDKERN_MAX_EXITS];        // contiguous [N, C]: probabilities, or gradients
+    void *output[MSDKERN_MAX_EXITS];  // contiguous [N, C]: probabilities, or gradients
 } msdkern_softmax;
 
 typedef struct msdkern_statistics {

@@ -2,61 +2,20 @@
 // The loss family: one pass over the logits of a sample, exits' row set kept in cache.
 #pragma once
 
-#include "sweeps.h"
+#include "batch.h"
+#include "general.h"
+#include "weights.h"
 
 namespace MSDKERN_NAMESPACE {
 
 enum class Form { kScalar, kRows, kRowsBackward };
 
-// Scratch rows beyond this stay in the outer caches; recomputing exponentials is cheaper there.
-constexpr int64_t kRowSetBytes = 256 << 10;
+// Up to this size exponentials are kept between the sweeps, beyond it they are recomputed.
+constexpr int64_t kRowSetBytes = 8 << 20;
+// Sums run over at most this many classes before they are added up: fewer roundings in a row.
+constexpr int64_t kBlock = 4096;
 constexpr int64_t kPrefetched = 4096;  // the next row is fetched early up to this many classes
-constexpr int64_t kWindow = 256;  // classes per step when they are recomputed or converted
-
-// What a block of rows adds up, in double: per exit, and the matrix of pairs where it is wanted.
-struct Partial {
-    double *cross_entropy, *weighted_ce, *divergence, *matrix;
-    static int64_t fields(const msdkern_loss &call) {
-        const int64_t pairs = call.pair_divergence ? call.exits + call.teachers : 0;
-        return call.exits * (3 + pairs);
-    }
-    Partial(double *at, const msdkern_loss &call)
-        : cross_entropy(at),
-          weighted_ce(at + call.exits),
-          divergence(at + 2 * call.exits),
-          matrix(call.pair_divergence ? at + 3 * call.exits : nullptr) {}
-};
-
-// (3), (4) What the labels say of the whole batch.
-struct Normalizers {
-    double rows = 0, cross_entropy = 0;  // valid rows; the sum of their labels' class weights
-};
-
-template <class Real>
-static int count_rows(msdkern_loss &call, Normalizers &result) {
-    const Real *weight = static_cast<const Real *>(call.class_weight);
-    if (!call.label) {
-        result.rows = result.cross_entropy = double(call.rows);
-        return MSDKERN_OK;
-    }
-    int64_t rows = 0;
-    double sum_of_weights = 0;
-    for (int64_t n = 0; n < call.rows; ++n) {
-        const int64_t label = call.label[n];
-        if (label == call.ignore_index) continue;
-        if (label < 0 || label >= call.classes) {
-            call.bad_label = label;
-            return MSDKERN_BAD_LABEL;
-        }
-        ++rows;
-        if (weight) sum_of_weights += double(weight[label]);
-    }
-    result.rows = double(rows);
-    result.cross_entropy = weight ? sum_of_weights : double(rows);
-    return MSDKERN_OK;
-}
-
-INLINE double reciprocal(double x) { return x > 0 ? 1 / x : 0; }
+constexpr int64_t kWindow = 256;       // classes per step when they are recomputed or converted
 
 template <class S>
 struct Loss {
@@ -74,7 +33,8 @@ struct Loss {
     bool divergent, gradient, general, dense_target, stored;
     Powers power;
     int64_t stride, window;
-    SweepFunction<Real> student, values, gradients;
+    SweepFunction<Real> student;
+    TwoSweeps<Real> careful, two_sweeps;  // pair by pair, and what this call uses
 
     Loss(const msdkern_loss &c, Form f, const Normalizers &batch)
         : call(c), form(f), exits(c.exits), rows(c.exits + c.teachers), classes(c.classes) {
@@ -96,9 +56,11 @@ struct Loss {
         stride = padded<Real>(classes);
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
         stored = kept <= kRowSetBytes;
-        window = stored && kDirect ? stride : least(stride, padded<Real>(kWindow));
-        values = find_pair_sweep<Real>(c.divergence, false);
-        gradients = find_pair_sweep<Real>(c.divergence, true);
+        window = least(stride, padded<Real>(stored && kDirect ? kBlock : kWindow));
+        careful = two_sweeps = find_pair_sweeps<Real>(c.divergence);
+        const bool named = c.pairs != MSDKERN_PAIRS_DENSE && c.pairs != MSDKERN_PAIRS_NONE;
+        if (named && !c.pair_divergence && c.divergence != MSDKERN_JSD)
+            two_sweeps = find_named_sweeps<Real>(c.divergence);
         student = !divergent ? cross_entropy_sweep<Real>
                              : find_student_sweep<Real>(
                                    c.pairs == MSDKERN_PAIRS_NONE ? MSDKERN_PAIRS_DENSE : c.pairs,
@@ -128,8 +90,8 @@ struct Loss {
     int64_t kept_classes() const { return stored ? stride : window; }
     size_t scratch_bytes() const {
         const int64_t matrices = 2 * (exits * rows / 16 + 1) * 16;
-        return sizeof(Real) * size_t(rows * arrays() * kept_classes() + exits * window + stride +
-                                     matrices);
+        return sizeof(Real) *
+               size_t(rows * arrays() * kept_classes() + exits * window + stride + matrices);
     }
 
     struct Scratch {
@@ -149,49 +111,6 @@ struct Loss {
         RowStore<Real> result = {at, at + kept_classes(), at + kept_classes()};
         if (arrays() == 3) result.one = at + 2 * kept_classes();
         return result;
-    }
-
-    // (3) Student i's divergence is share[i] sum_j w_ij D_ij with sum_j w_ij = n[i].
-    void pair_weights(Sweep<Real> &s, Real *dense) const {
-        for (int i = 0; i < exits; ++i) {
-            const Real deeper = Real(exits - 1 - i), some = i < exits - 1 ? Real(1) : Real(0);
-            s.share[i] = 1;
-            s.n[i] = some;
-            if (call.pairs == MSDKERN_PAIRS_MUTUAL) {
-                s.share[i] = 1 / Real(exits - 1);
-                s.n[i] = Real(exits);
-            } else if (call.pairs == MSDKERN_PAIRS_DEEPER) {
-                s.share[i] = deeper > 0 ? 1 / deeper : Real(0);
-                s.n[i] = deeper;
-            }
-            for (int j = 0; j < rows; ++j) dense[i * rows + j] = named_weight(s, i, j);
-        }
-    }
-    Real named_weight(const Sweep<Real> &s, int i, int j) const {
-        switch (call.pairs) {
-            case MSDKERN_PAIRS_MUTUAL:
-                return j < exits && j != i ? s.share[i] : Real(0);
-            case MSDKERN_PAIRS_DEEPER:
-                return j < exits && j > i ? s.share[i] : Real(0);
-            case MSDKERN_PAIRS_LAST:
-                return j == exits - 1 && j > i ? Real(1) : Real(0);
-            case MSDKERN_PAIRS_NEXT:
-                return j == i + 1 && j < exits ? Real(1) : Real(0);
-            default:
-                return 0;
-        }
-    }
-    void dense_weights(Sweep<Real> &s, Real *dense, int64_t n) const {
-        const Real *given = real(call.pair_weight);
-        for (int i = 0; i < exits; ++i) {
-            s.share[i] = 1;
-            s.n[i] = 0;
-            for (int j = 0; j < rows; ++j) {
-                const int64_t at = i * rows + j;
-                dense[at] = call.pair_weight_per_row ? given[at * call.rows + n] : given[at];
-                s.n[i] += dense[at];
-            }
-        }
     }
 
     // (1) u and its sum, for targets that put mass on many classes.
@@ -229,11 +148,10 @@ struct Loss {
     void softmaxes(int64_t n, const Scratch &scratch, Sweep<Real> &s, Softmaxes &result) const {
         for (int r = 0; r < rows; ++r) {
             const S *row = row_of(r, n);
-            const S *next = n + 1 < call.rows && classes <= kPrefetched ? row_of(r, n + 1) : nullptr;
+            const S *next =
+                n + 1 < call.rows && classes <= kPrefetched ? row_of(r, n + 1) : nullptr;
             const Real m = result.maximum[r] = row_maximum(row, classes, next);
-            const RowSums<Real> sums =
-                stored ? exponentials<true>(power, row, classes, m, inverse_t, store_of(scratch, r))
-                       : exponentials<false>(power, row, classes, m, inverse_t, RowStore<Real>());
+            const RowSums<Real> sums = exponentials_of(row, m, store_of(scratch, r));
             s.log_t[r] = sums.at_t;
             s.inverse_t[r] = 1 / sums.at_t;
             if (r < exits) {
@@ -243,6 +161,19 @@ struct Loss {
         }
         logarithms(s.log_t, rows);
         logarithms(result.log_one, exits);
+    }
+
+    RowSums<Real> exponentials_of(const S *row, Real m, RowStore<Real> out) const {
+        RowSums<Real> total = {0, 0};
+        for (int64_t begin = 0; begin < classes; begin += kBlock) {
+            const int64_t count = least(kBlock, classes - begin);
+            const RowSums<Real> sums =
+                stored ? exponentials<true>(power, row + begin, count, m, inverse_t, out + begin)
+                       : exponentials<false>(power, row + begin, count, m, inverse_t, out);
+            total.at_t += sums.at_t;
+            total.at_one += sums.at_one;
+        }
+        return total;
     }
 
     static const bool kDirect = sizeof(S) == sizeof(Real);  // gradients need no conversion
@@ -316,7 +247,7 @@ struct Loss {
         if (call.label && call.label[n] == call.ignore_index) return ignored(n);
         Real ce[MSDKERN_MAX_EXITS];
         cross_entropies(n, scratch, s, softmax, ce);
-        if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(s, scratch.weight, n);
+        if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, scratch.weight, n);
         divergences_and_gradients(n, scratch, s, softmax);
         if (partial) {
             for (int k = 0; k < exits; ++k) {
@@ -386,29 +317,37 @@ struct Loss {
             if (form == Form::kRowsBackward)
                 upstream = real(call.upstream_divergence)[k * call.rows + n];
             s.pair_scale[k] = upstream * scale * (general ? Real(1) : s.share[k] * inverse_t);
-            s.value[k] = s.total[k] = 0;
         }
+        clear(s);
         if (!divergent && !gradient) return;
         if (divergent && general) {
-            if (s.matrix) memset(s.matrix, 0, size_t(exits * rows) * sizeof(Real));
-            run(values, n, scratch, s, softmax, false);
-            if (gradient) run(gradients, n, scratch, s, softmax, true);
+            run_general(two_sweeps, n, scratch, s, softmax);
+            // A class masked with -inf makes running sums inf - inf; the pairs are careful.
+            if (two_sweeps.values != careful.values && not_finite(s))
+                run_general(careful, n, scratch, s, softmax);
         } else {
             run(student, n, scratch, s, softmax, gradient);
-            if (divergent && not_finite(s)) masked_values(n, scratch, s, softmax);
+            if (divergent && not_finite(s)) {
+                clear(s);
+                run(careful.values, n, scratch, s, softmax, false);
+            }
         }
         if (gradient) subtract_label(n, s);
     }
+    void run_general(const TwoSweeps<Real> &sweeps, int64_t n, const Scratch &scratch,
+                     Sweep<Real> &s, const Softmaxes &softmax) const {
+        clear(s);
+        run(sweeps.values, n, scratch, s, softmax, false);
+        if (gradient) run(sweeps.gradients, n, scratch, s, softmax, true);
+    }
+    void clear(Sweep<Real> &s) const {
+        for (int k = 0; k < exits; ++k) s.value[k] = s.total[k] = 0;
+        if (s.matrix) memset(s.matrix, 0, size_t(exits * rows) * sizeof(Real));
+    }
     bool not_finite(const Sweep<Real> &s) const {
         for (int k = 0; k < exits; ++k)
-            if (!(s.value[k] - s.value[k] == 0)) return true;
+            if (!(s.value[k] - s.value[k] == 0 && s.total[k] - s.total[k] == 0)) return true;
         return false;
-    }
-    // A class masked with -inf makes the fast form inf - inf; the pairwise form is careful.
-    void masked_values(int64_t n, const Scratch &scratch, Sweep<Real> &s,
-                       const Softmaxes &softmax) const {
-        for (int k = 0; k < exits; ++k) s.value[k] = s.total[k] = 0;
-        run(values, n, scratch, s, softmax, false);
     }
 
     void block(int64_t first, int64_t last, Partial *partial) const {
@@ -421,42 +360,19 @@ struct Loss {
         Sweep<Real> sweep;
         sweep.exits = exits;
         sweep.rows = rows;
+        sweep.pairs = call.pairs;
         sweep.inverse_temperature = inverse_t;
         sweep.weight = s.weight;
         sweep.matrix = call.pair_divergence ? s.matrix : nullptr;
         sweep.detach = call.detach_teacher != 0;
         sweep.beta = Real(call.beta);
-        pair_weights(sweep, s.weight);
+        pair_weights(call, sweep, s.weight);
         aim(sweep, s, 0);
         for (int64_t n = first; n < last; ++n) row(n, s, sweep, partial);
         arena().trim();
     }
     mutable int failed = 0;
 };
-
-// Adds the blocks' sums in order and writes the batch's values.
-template <class Real>
-static void finish(const msdkern_loss &call, const Normalizers &batch, double *sums,
-                   int64_t blocks) {
-    const int64_t fields = Partial::fields(call);
-    for (int64_t b = 1; b < blocks; ++b)
-        for (int64_t f = 0; f < fields; ++f) sums[f] += sums[b * fields + f];
-    const Partial total(sums, call);
-    const double given = call.normalizer != 0 ? 1 / call.normalizer : 1;
-    const bool mean = call.mean && call.normalizer == 0;
-    const double per_row = reciprocal(batch.rows), per_label = reciprocal(batch.cross_entropy);
-    double loss = 0;
-    for (int k = 0; k < call.exits; ++k) {
-        static_cast<Real *>(call.cross_entropy)[k] = Real(per_label * total.cross_entropy[k]);
-        static_cast<Real *>(call.divergence_mean)[k] = Real(per_row * total.divergence[k]);
-        loss += (mean ? per_label : given) * total.weighted_ce[k];
-        loss += (mean ? per_row : given) * total.divergence[k];
-    }
-    *static_cast<Real *>(call.loss) = Real(loss);
-    if (!total.matrix) return;
-    for (int i = 0; i < call.exits * (call.exits + call.teachers); ++i)
-        static_cast<Real *>(call.pair_divergence)[i] = Real(per_row * total.matrix[i]);
-}
 
 template <class S>
 static int run_loss(msdkern_loss &call, Form form) {

@@ -52,7 +52,7 @@ static void parallel_for(int64_t count, int threads, const Body &body) {
 // Each thread's scratch memory, kept between calls while it is small: nothing is allocated per
 // row, and usually nothing per call.
 struct Arena {
-    static const size_t kKept = size_t(4) << 20;
+    static const size_t kKept = size_t(16) << 20;
     void *data = nullptr;
     size_t size = 0;
     void *take(size_t wanted) {
@@ -133,7 +133,8 @@ INLINE int64_t first_class(const S *row, int64_t classes, Test test) {
             break;
     for (; c < classes; c += W) {
         const int n = int(least<int64_t>(W, classes - c));
-        const int lane = first_lane(test(n == W ? load(row + c) : load_partial(row + c, n, nothing)));
+        const int lane =
+            first_lane(test(n == W ? load(row + c) : load_partial(row + c, n, nothing)));
         if (lane >= 0) return c + lane;
     }
     return classes;
@@ -176,6 +177,7 @@ INLINE V at_one(V e, V gap) {
 template <class Real>
 struct RowStore {
     Real *x, *e, *one;  // (z - m) / T, exp of it, exp(z - m)
+    RowStore operator+(int64_t classes) const { return {x + classes, e + classes, one + classes}; }
 };
 
 template <class Real>
@@ -247,7 +249,8 @@ INLINE void logarithms(Real *values, int n) {
     const int W = kLanes<Real>;
     int i = 0;
     for (; i + W <= n; i += W) store(values + i, logarithm(load(values + i)));
-    if (i < n) store_partial(values + i, n - i, logarithm(load_partial(values + i, n - i, Real(1))));
+    if (i < n)
+        store_partial(values + i, n - i, logarithm(load_partial(values + i, n - i, Real(1))));
 }
 
 }  // namespace MSDKERN_NAMESPACE

@@ -26,16 +26,15 @@ INLINE void map_row(const S *const (&inputs)[kInputs], S *output, int64_t classe
 }
 
 template <class S>
-static void softmax_row(const S *row, S *output, int64_t classes,
-                        typename Kind<S>::Real inverse_t, bool log) {
+static void softmax_row(const S *row, S *output, int64_t classes, typename Kind<S>::Real inverse_t,
+                        bool log) {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
     const Real m = row_maximum(row, classes);
     V sums = V{};
     for_vectors(row, classes, Real(-__builtin_inf()),
-                [&](int64_t, V z) __attribute__((always_inline)) {
-                    sums += exponential((z - m) * inverse_t);
-                });
+                [&](int64_t, V z)
+                    __attribute__((always_inline)) { sums += exponential((z - m) * inverse_t); });
     const Real total = sum<Real>(sums);
     const S *const inputs[1] = {row};
     if (log) {

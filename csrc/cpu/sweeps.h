@@ -8,10 +8,13 @@
 
 namespace MSDKERN_NAMESPACE {
 
+// Vectors of classes worked on at once: what is read per exit serves all of them.
+constexpr int kTile = 3;
+
 // One sample, seen through a window of its classes.
 template <class Real>
 struct Sweep {
-    int exits, rows;  // rows: exits and external teachers
+    int exits, rows, pairs;  // rows: exits and external teachers
     // Window: (z - m) / T, its exponential, and the exponential at T = 1.
     const Real *x[MSDKERN_MAX_ROWS], *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
     const Real *mass;              // u, the target's mass on each class, or null
@@ -32,87 +35,110 @@ struct Sweep {
     Real total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
 };
 
+// q and d of row r at offset c, where d = l - reference.
+template <class Real, class V>
+INLINE V probability(const Sweep<Real> &s, int r, int64_t c) {
+    return load(s.e[r] + c) * s.inverse_t[r];
+}
+template <class Real, class V>
+INLINE V relative_log(const Sweep<Real> &s, int r, int64_t c, V reference) {
+    return (load(s.x[r] + c) - s.log_t[r]) - reference;
+}
+
 // Mixers: mass = sum_j w_j q_j and moment = sum_j w_j q_j d_j over the teachers of student i, asked
-// for from the deepest exit to the shallowest. q and d hold NV vectors per row.
-template <class V, int NV>
+// for from the deepest exit to the shallowest, for NV vectors of classes.
+template <class Real, int NV>
 struct Mixture {
+    typedef VecOf<Real> V;
+    static const bool kOwnShare = false;
+    static const bool kRemembers = false;  // passed() is of interest
     V mass[NV], moment[NV];
-    template <class Real>
-    INLINE_MEMBER void add(const V *q, const V *d, Real w) {
-        for (int v = 0; v < NV; ++v) {
-            const V share = q[v] * w;
-            mass[v] += share;
-            moment[v] += share * d[v];
-        }
-    }
-    INLINE_MEMBER void add(const V *q, const V *d) {
-        for (int v = 0; v < NV; ++v) {
-            mass[v] += q[v];
-            moment[v] += q[v] * d[v];
-        }
-    }
     INLINE_MEMBER void clear() {
         for (int v = 0; v < NV; ++v) mass[v] = moment[v] = V{};
     }
+    INLINE_MEMBER void begin(const Sweep<Real> &, int64_t, const V *) { clear(); }
+    INLINE_MEMBER void select(const Sweep<Real> &, int) {}
+    INLINE_MEMBER void passed(int, int, V, V) {}
 };
 
 // All exits teach. The student's own share adds nothing to a divergence, so one sum serves all.
 template <class Real, int NV>
-struct Mutual : Mixture<VecOf<Real>, NV> {
+struct Mutual : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kOwnShare = true;
-    INLINE_MEMBER void begin(const Sweep<Real> &s, const V (*q)[NV], const V (*d)[NV]) {
+    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *reference) {
         this->clear();
-        for (int k = 0; k < s.exits; ++k) this->add(q[k], d[k]);
+        for (int k = 0; k < s.exits; ++k)
+            for (int v = 0; v < NV; ++v) {
+                const int64_t at = c + v * kLanes<Real>;
+                const V q = probability<Real, V>(s, k, at);
+                this->mass[v] += q;
+                this->moment[v] += q * relative_log(s, k, at, reference[v]);
+            }
     }
-    INLINE_MEMBER void select(const Sweep<Real> &, int, const V (*)[NV], const V (*)[NV]) {}
-    INLINE_MEMBER void passed(int, const V *, const V *) {}
 };
 
 // Every deeper exit teaches.
 template <class Real, int NV>
-struct Deeper : Mixture<VecOf<Real>, NV> {
+struct Deeper : Mixture<Real, NV> {
     typedef VecOf<Real> V;
-    static const bool kOwnShare = false;
-    INLINE_MEMBER void begin(const Sweep<Real> &, const V (*)[NV], const V (*)[NV]) {
-        this->clear();
+    static const bool kRemembers = true;
+    INLINE_MEMBER void passed(int, int v, V q, V d) {
+        this->mass[v] += q;
+        this->moment[v] += q * d;
     }
-    INLINE_MEMBER void select(const Sweep<Real> &, int, const V (*)[NV], const V (*)[NV]) {}
-    INLINE_MEMBER void passed(int, const V *q, const V *d) { this->add(q, d); }
 };
 
 // The next deeper exit teaches.
 template <class Real, int NV>
-struct Next : Deeper<Real, NV> {
+struct Next : Mixture<Real, NV> {
     typedef VecOf<Real> V;
-    INLINE_MEMBER void passed(int, const V *q, const V *d) {
-        this->clear();
-        this->add(q, d);
+    static const bool kRemembers = true;
+    INLINE_MEMBER void passed(int, int v, V q, V d) {
+        this->mass[v] = q;
+        this->moment[v] = q * d;
     }
 };
 
 // The deepest exit teaches.
 template <class Real, int NV>
-struct Last : Deeper<Real, NV> {
+struct Last : Mixture<Real, NV> {
     typedef VecOf<Real> V;
-    int asked = 0;
-    INLINE_MEMBER void passed(int, const V *q, const V *d) {
-        if (asked++ == 0) this->add(q, d);
+    int deepest = 0;
+    static const bool kRemembers = true;
+    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t, const V *) {
+        this->clear();
+        deepest = s.exits - 1;
+    }
+    INLINE_MEMBER void passed(int i, int v, V q, V d) {
+        if (i != deepest) return;
+        this->mass[v] = q;
+        this->moment[v] = q * d;
     }
 };
 
-// Any weights: K fused multiply-adds per element.
+// Any weights: 2 K fused multiply-adds per element.
 template <class Real, int NV>
-struct Dense : Mixture<VecOf<Real>, NV> {
+struct Dense : Mixture<Real, NV> {
     typedef VecOf<Real> V;
-    static const bool kOwnShare = false;
-    INLINE_MEMBER void begin(const Sweep<Real> &, const V (*)[NV], const V (*)[NV]) {}
-    INLINE_MEMBER void select(const Sweep<Real> &s, int i, const V (*q)[NV], const V (*d)[NV]) {
+    V q[MSDKERN_MAX_ROWS][NV], share[MSDKERN_MAX_ROWS][NV];
+    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *reference) {
+        for (int r = 0; r < s.rows; ++r)
+            for (int v = 0; v < NV; ++v) {
+                const int64_t at = c + v * kLanes<Real>;
+                q[r][v] = probability<Real, V>(s, r, at);
+                share[r][v] = q[r][v] * relative_log(s, r, at, reference[v]);
+            }
+    }
+    INLINE_MEMBER void select(const Sweep<Real> &s, int i) {
         this->clear();
         const Real *w = s.weight + i * s.rows;
-        for (int r = 0; r < s.rows; ++r) this->add(q[r], d[r], w[r]);
+        for (int r = 0; r < s.rows; ++r)
+            for (int v = 0; v < NV; ++v) {
+                this->mass[v] += q[r][v] * w[r];
+                this->moment[v] += share[r][v] * w[r];
+            }
     }
-    INLINE_MEMBER void passed(int, const V *, const V *) {}
 };
 
 // A whole vector, or only its first `partial` lanes where that is not 0.
@@ -130,34 +156,34 @@ template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradi
 INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, int partial = 0) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
-    V q[MSDKERN_MAX_ROWS][NV], d[MSDKERN_MAX_ROWS][NV], reference[NV];
+    V reference[NV];
     const int deepest = s.exits - 1;
-    for (int v = 0; v < NV; ++v)
-        reference[v] = load(s.x[deepest] + c + v * W) - s.log_t[deepest];
-    for (int r = 0; r < s.rows; ++r)
-        for (int v = 0; v < NV; ++v) {
-            q[r][v] = load(s.e[r] + c + v * W) * s.inverse_t[r];
-            d[r][v] = (load(s.x[r] + c + v * W) - s.log_t[r]) - reference[v];
-        }
+    for (int v = 0; v < NV; ++v) reference[v] = load(s.x[deepest] + c + v * W) - s.log_t[deepest];
     Mixer<Real, NV> mixer;
-    mixer.begin(s, q, d);
+    mixer.begin(s, c, reference);
     for (int i = deepest; i >= 0; --i) {
-        mixer.select(s, i, q, d);
+        mixer.select(s, i);
         const V n = splat(s.n[i]);
+        Real *const out = kGradient ? s.out[i] : nullptr;
+        V total = V{};
         for (int v = 0; v < NV; ++v) {
-            const V q_i = q[i][v], d_i = d[i][v], mass = mixer.mass[v];
+            const int64_t at = c + v * W;
+            const V q = probability<Real, V>(s, i, at);
+            const V d = relative_log(s, i, at, reference[v]);
+            const V mass = mixer.mass[v];
             if (kSoft)
-                value[i] -= (d_i + reference[v]) * (mixer.kOwnShare ? mass - q_i : mass);
+                total -= (d + reference[v]) * (mixer.kOwnShare ? mass - q : mass);
             else
-                value[i] += forward_kl_value(q_i, d_i, n, mass, mixer.moment[v]);
-            if (kGradient && s.out[i]) {
-                V g = forward_kl_gradient(q_i, n, mass) * s.pair_scale[i];
-                g += load(s.one[i] + c + v * W) * s.p_scale[i];
-                if (s.mass) g -= load(s.mass + c + v * W) * s.mass_scale[i];
-                store_some(s.out[i] + c + v * W, g, partial);
+                total += forward_kl_value(q, d, n, mass, mixer.moment[v]);
+            if (out) {
+                V g = forward_kl_gradient(q, n, mass) * s.pair_scale[i];
+                g += load(s.one[i] + at) * s.p_scale[i];
+                if (s.mass) g -= load(s.mass + at) * s.mass_scale[i];
+                store_some(out + at, g, partial);
             }
+            if (mixer.kRemembers) mixer.passed(i, v, q, d);
         }
-        mixer.passed(i, q[i], d[i]);
+        value[i] += total;
     }
 }
 
@@ -168,12 +194,10 @@ static void student_sweep(Sweep<Real> &s, int64_t classes) {
     V value[MSDKERN_MAX_EXITS];
     for (int i = 0; i < s.exits; ++i) value[i] = V{};
     int64_t c = 0;
-    for (; c + 2 * W <= classes; c += 2 * W)
-        student_tile<Real, Mixer, kSoft, kGradient, 2>(s, c, value);
-    for (; c + W <= classes; c += W)
-        student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value);
-    if (c < classes)
-        student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value, int(classes - c));
+    for (; c + kTile * W <= classes; c += kTile * W)
+        student_tile<Real, Mixer, kSoft, kGradient, kTile>(s, c, value);
+    for (; c + W <= classes; c += W) student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value);
+    if (c < classes) student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value, int(classes - c));
     for (int i = 0; i < s.exits; ++i) s.value[i] += s.share[i] * sum<Real>(value[i]);
 }
 
@@ -183,10 +207,10 @@ using SweepFunction = void (*)(Sweep<Real> &, int64_t);
 // [pairs][soft][gradient]
 template <class Real>
 static SweepFunction<Real> find_student_sweep(int pairs, bool soft, bool gradient) {
-#define ROW(M)                                                          \
-    {                                                                   \
-        {student_sweep<Real, M, false, false>, student_sweep<Real, M, false, true>}, \
-        {student_sweep<Real, M, true, false>, student_sweep<Real, M, true, true>},   \
+#define ROW(M)                                                                         \
+    {                                                                                  \
+        {student_sweep<Real, M, false, false>, student_sweep<Real, M, false, true>},   \
+            {student_sweep<Real, M, true, false>, student_sweep<Real, M, true, true>}, \
     }
     static const SweepFunction<Real> table[5][2][2] = {ROW(Mutual), ROW(Last), ROW(Deeper),
                                                        ROW(Next), ROW(Dense)};
@@ -206,80 +230,6 @@ static void cross_entropy_sweep(Sweep<Real> &s, int64_t classes) {
             store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }
     }
-}
-
-// (2), (5), (6) Every divergence, teachers detached or not, pair by pair and with 0 log 0 = 0. The
-// first phase sums values and dL/dl, the second writes gradients through the softmax Jacobian.
-template <class Real, int kDivergence>
-INLINE Pair<VecOf<Real>> pair_terms(const Sweep<Real> &s, int i, int j, int64_t c) {
-    typedef VecOf<Real> V;
-    const V q_i = load(s.e[i] + c) * s.inverse_t[i], q_j = load(s.e[j] + c) * s.inverse_t[j];
-    if (kDivergence == MSDKERN_JSD) return jsd_pair(q_i, q_j, splat(s.beta));
-    const V l_i = load(s.x[i] + c) - s.log_t[i], l_j = load(s.x[j] + c) - s.log_t[j];
-    if (kDivergence == MSDKERN_FORWARD_KL) return forward_kl_pair(q_i, l_i, q_j, l_j);
-    if (kDivergence == MSDKERN_REVERSE_KL) return reverse_kl_pair(q_i, l_i, q_j, l_j);
-    return soft_ce_pair(l_i, q_j);
-}
-
-template <class Real, int kDivergence>
-static void pair_values(Sweep<Real> &s, int64_t classes) {
-    typedef VecOf<Real> V;
-    const int W = kLanes<Real>;
-    for (int i = 0; i < s.exits; ++i)
-        for (int j = 0; j < s.rows; ++j) {
-            const Real w = s.weight[i * s.rows + j];
-            if (w == 0 && !s.matrix) continue;
-            V value = V{}, of_student = V{}, of_teacher = V{};
-            for (int64_t c = 0; c < classes; c += W) {
-                const Pair<V> pair = pair_terms<Real, kDivergence>(s, i, j, c);
-                value += pair.value;
-                of_student += pair.of_student;
-                of_teacher += pair.of_teacher;
-            }
-            const Real d = sum<Real>(value), scale = w * s.pair_scale[i];
-            if (s.matrix) s.matrix[i * s.rows + j] += d;
-            if (w == 0) continue;
-            s.value[i] += w * d;
-            s.total[i] += scale * sum<Real>(of_student);
-            if (!s.detach && j < s.exits) s.total[j] += scale * sum<Real>(of_teacher);
-        }
-}
-
-template <class Real, int kDivergence>
-static void pair_gradients(Sweep<Real> &s, int64_t classes) {
-    typedef VecOf<Real> V;
-    const int W = kLanes<Real>;
-    V h[MSDKERN_MAX_EXITS];
-    for (int64_t c = 0; c < classes; c += W) {
-        for (int i = 0; i < s.exits; ++i) h[i] = V{};
-        for (int i = 0; i < s.exits; ++i)
-            for (int j = 0; j < s.rows; ++j) {
-                const Real scale = s.weight[i * s.rows + j] * s.pair_scale[i];
-                if (scale == 0) continue;
-                const Pair<V> pair = pair_terms<Real, kDivergence>(s, i, j, c);
-                h[i] += pair.of_student * scale;
-                if (!s.detach && j < s.exits) h[j] += pair.of_teacher * scale;
-            }
-        for (int i = 0; i < s.exits; ++i) {
-            if (!s.out[i]) continue;
-            const V q = load(s.e[i] + c) * s.inverse_t[i];
-            V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
-            g += load(s.one[i] + c) * s.p_scale[i];
-            if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
-            store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
-        }
-    }
-}
-
-template <class Real>
-static SweepFunction<Real> find_pair_sweep(int divergence, bool gradients) {
-    static const SweepFunction<Real> table[4][2] = {
-        {pair_values<Real, 0>, pair_gradients<Real, 0>},
-        {pair_values<Real, 1>, pair_gradients<Real, 1>},
-        {pair_values<Real, 2>, pair_gradients<Real, 2>},
-        {pair_values<Real, 3>, pair_gradients<Real, 3>},
-    };
-    return table[divergence][gradients];
 }
 
 }  // namespace MSDKERN_NAMESPACE
