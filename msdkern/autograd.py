@@ -31,39 +31,38 @@ def _wants_gradient(logits: list[Tensor]) -> bool:
 
 def _spread(gradients: list[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:
     """Gradients of the inputs that want one, None for the others."""
+    if all(wanted):
+        return list(gradients)
     rest = iter(gradients)
     return [next(rest) if want else None for want in wanted]
 
 
 class _MultiExitLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, *inputs: Any) -> tuple[Tensor, ...]:
-        logits, rest = inputs[:count], inputs[count:]
-        wanted = [z.requires_grad for z in logits]
-        *values, gradients = _OPS.multi_exit_loss.default(
-            list(logits), *rest[:-1], wanted, rest[-1]
+    def forward(ctx: Any, rest: tuple[Any, ...], report: list[Tensor], *logits: Tensor) -> Tensor:
+        # The detached outputs leave through `report`: as outputs of the Function each would cost
+        # as much again as the loss.
+        wanted = ctx.needs_input_grad[2:]
+        loss, *values, ctx.gradients = _OPS.multi_exit_loss.default(
+            logits, *rest[:-1], wanted, rest[-1]
         )
-        ctx.wanted, ctx.rest, ctx.gradients = tuple(wanted), rest, gradients
+        report += values
+        ctx.rest, ctx.wanted = rest, wanted
         ctx.save_for_backward(*logits)
-        ctx.mark_non_differentiable(*values[1:])
-        ctx.set_materialize_grads(False)
-        return tuple(values)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         _refuse_second_order("multi_exit_loss")
         rest, wanted = ctx.rest, ctx.wanted
-        nothing = (None,) * len(rest)
-        if upstream is None:
-            return (None, *(None for _ in wanted), *nothing)
         logits = ctx.saved_tensors  # also raises if they were changed in place since
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             *_, gradients = _OPS.multi_exit_loss.default(
-                [z.detach() for z in logits], *rest[:-1], list(wanted), rest[-1]
+                [z.detach() for z in logits], *rest[:-1], wanted, rest[-1]
             )
         _OPS.scale_.default(gradients, upstream, rest[-1])
-        return (None, *_spread(gradients, wanted), *nothing)
+        return (None, None, *_spread(gradients, wanted))
 
 
 class _TracedMultiExitLoss(torch.autograd.Function):
@@ -92,8 +91,10 @@ def multi_exit_loss(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     if not _wants_gradient(logits):
         detached = [z.detach() for z in logits]
         return _OPS.multi_exit_loss.default(detached, *rest[:-1], [], rest[-1])[:-1]
-    function = _TracedMultiExitLoss if torch.compiler.is_compiling() else _MultiExitLoss
-    return function.apply(len(logits), *logits, *rest)
+    if torch.compiler.is_compiling():
+        return _TracedMultiExitLoss.apply(len(logits), *logits, *rest)
+    report: list[Tensor] = []
+    return (_MultiExitLoss.apply(rest, report, *logits), *report)
 
 
 class _RowLosses(torch.autograd.Function):

@@ -82,7 +82,7 @@ def _gradient_table(
     if not any(wanted):
         return [], []
     fresh = [
-        torch.empty(z.shape, dtype=z.dtype) if want else None
+        torch.empty_like(z, memory_format=torch.contiguous_format) if want else None
         for z, want in zip(logits, wanted, strict=True)
     ]
     kept = [g for g in fresh if g is not None]
