@@ -36,6 +36,6 @@ def deeper(exits: int, device: torch.device | str | None = None) -> Tensor:
     return _matrix("deeper", exits, device)
 
 
-def next(exits: int, device: torch.device | str | None = None) -> Tensor:  # noqa: A001
+def next(exits: int, device: torch.device | str | None = None) -> Tensor:
     """The next deeper exit teaches: W[i, i + 1] = 1."""
     return _matrix("next", exits, device)

@@ -191,9 +191,7 @@ def divergence_matrix(
     zero = students[0].new_zeros(students[0].shape[0])
     return torch.stack(
         [
-            torch.stack(
-                [function(s, t, beta) if row[j] else zero for j, t in enumerate(teachers)]
-            )
+            torch.stack([function(s, t, beta) if row[j] else zero for j, t in enumerate(teachers)])
             for s, row in zip(students, wanted, strict=True)
         ]
     )
@@ -266,9 +264,7 @@ def divergence_gradients(
             totals[i] = totals[i] + weigh(weight, of_student)
             if not detach_teacher and j < exits:
                 totals[j] = totals[j] + weigh(weight, of_teacher)
-    return [
-        softmax_jacobian(g, l, temperature) for g, l in zip(totals, log_q[:exits], strict=True)
-    ]
+    return [softmax_jacobian(g, l, temperature) for g, l in zip(totals, log_q[:exits], strict=True)]
 
 
 def feature_distance(features: Sequence[Tensor], detach: bool = True) -> Tensor:

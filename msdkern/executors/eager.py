@@ -24,7 +24,9 @@ def _unstack(logits: Sequence[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind(0)) if logits[0].dim() == 3 else list(logits)
 
 
-def _check_values(op: str, temperature: Tensor, target: Tensor | None, classes: int, skip: int) -> None:
+def _check_values(
+    op: str, temperature: Tensor, target: Tensor | None, classes: int, skip: int
+) -> None:
     """Checks of values, where reading them needs no synchronisation with a GPU."""
     if temperature.device.type == "cpu" and not temperature.item() > 0:
         raise ValueError(f"{op}: temperature must be positive; got {temperature.item()}")
@@ -64,9 +66,7 @@ class _Rows:
         self.label_smoothing = label_smoothing
         rows, classes = z[0].shape
         _check_values(op, temperature, target, classes, ignore_index)
-        like = torch.empty(
-            (), dtype=reference.accumulation_dtype(z[0].dtype), device=z[0].device
-        )
+        like = torch.empty((), dtype=reference.accumulation_dtype(z[0].dtype), device=z[0].device)
         self.temperature = temperature.to(like)
         self.scale = pair_scale.to(like)
         if temperature_squared:
@@ -93,9 +93,7 @@ class _Rows:
         if self.target is None:
             return self.valid.new_zeros(len(self.logits), len(self.valid))
         options = (self.class_weight, self.ignore_index, self.label_smoothing)
-        return torch.stack(
-            [reference.cross_entropy(z, self.target, *options) for z in self.logits]
-        )
+        return torch.stack([reference.cross_entropy(z, self.target, *options) for z in self.logits])
 
     def divergences(self, every_pair: bool = False) -> Tensor:
         """D_ij[n], 0 on ignored rows: [K, K + E, N]. Pairs without weight are left 0."""

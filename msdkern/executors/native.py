@@ -98,7 +98,9 @@ def _real(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 # The loss family ------------------------------------------------------------------------------
 
 
-def _fail(op: str, status: int, bad_label: int, classes: int, skip: int, temperature: float) -> NoReturn:
+def _fail(
+    op: str, status: int, bad_label: int, classes: int, skip: int, temperature: float
+) -> NoReturn:
     sentences = {
         1: f"labels must be in [0, {classes}) or ignore_index = {skip}; got {bad_label}",
         2: f"temperature must be positive; got {temperature}",

@@ -32,6 +32,21 @@ def _conv(in_channels: int, channels: int, size: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, size, stride, padding=size // 2, bias=False)
 
 
+class _Subsample(nn.Module):
+    """Every ``stride``-th pixel. Before a 1x1 convolution this equals the convolution's stride.
+
+    It stands apart because oneDNN's weight gradient of a strided 1x1 convolution writes past its
+    buffer where channels do not fill a vector register (oneDNN issue 6035).
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride]
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation around a shortcut."""
 
@@ -44,7 +59,7 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
-                _conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels)
+                _Subsample(stride), _conv(in_channels, channels, 1, 1), nn.BatchNorm2d(channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:

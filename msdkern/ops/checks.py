@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op asks of its arguments. Each rule is one sentence: op, rule, the value that broke it.
+"""What every op asks of its arguments. A broken rule is one sentence: op, rule, value.
 
 The checks read only what Python knows of a tensor (type, shape, dtype, device): no host
 synchronisation. Values are checked by the executors (labels, temperatures held in tensors).
@@ -39,7 +39,9 @@ def plain(op: str, name: str, tensor: object) -> Tensor:
     if tensor.layout != torch.strided:
         fail(op, f"{name} must be dense", str(tensor.layout), TypeError)
     if type(tensor) is not Tensor and hasattr(tensor, "placements"):
-        fail(op, f"{name} must be a plain tensor (call .full_tensor() first)", "a DTensor", TypeError)
+        fail(
+            op, f"{name} must be a plain tensor (call .full_tensor() first)", "a DTensor", TypeError
+        )
     return tensor
 
 

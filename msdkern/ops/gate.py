@@ -14,7 +14,7 @@ from msdkern.ops import checks, library
 
 
 class ExitStatistics(NamedTuple):
-    """Statistics of p = softmax(z), each [K, N]; prediction int64, the others float32 or float64."""
+    """Statistics of p = softmax(z), each [K, N]; prediction int64, the others floating point."""
 
     lse: Tensor
     confidence: Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss family: `multi_exit_loss` and `multi_exit_row_losses`. Formulas: msdkern/reference.py."""
+"""The loss family: `multi_exit_loss` and `multi_exit_row_losses`; formulas in reference.py."""
 
 from __future__ import annotations
 
@@ -238,7 +238,6 @@ def _teachers(
     for t in teacher_logits:
         checks.no_gradient(op, "teacher_logits", checks.plain(op, "teacher_logits", t))
         if t.shape != (rows, classes) or t.dtype != first.dtype or t.device != first.device:
-            rule = f"teacher_logits must be {checks.describe(first[..., :])} like the logits"
             rule = f"each of teacher_logits must be {first.dtype} [{rows}, {classes}] on "
             checks.fail(op, f"{rule}{first.device}, like the logits", t)
     return list(teacher_logits)

@@ -90,17 +90,6 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> MultiExitNe
         raise CommandError(f"--model: {error}") from None
 
 
-def check_width(config: TrainConfig, device: torch.device) -> None:
-    """Refuses widths whose training destroys memory on a CPU.
-
-    The weight gradient of a strided 1x1 convolution writes past its buffer when the channels do
-    not fill a vector register (oneDNN issue 6035).
-    """
-    lanes = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
-    if device.type == "cpu" and config.width is not None and config.width < lanes:
-        raise CommandError(f"--width: must be at least {lanes} on this CPU; got {config.width}")
-
-
 def place(model: MultiExitNetwork, device: torch.device, config: TrainConfig) -> MultiExitNetwork:
     """The model on ``device``, its weights in the layout that ``config`` asks for."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -150,7 +139,6 @@ class Run:
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         self.config, self.dataset = config, dataset
         self.device = pick_device(config.device)
-        check_width(config, self.device)
         model = build_model(config, len(dataset.classes), dataset.input_shape[0])
         self.model = place(model, self.device, config)
         self.criterion = build_criterion(config, self.model.exits).to(self.device)

@@ -212,7 +212,6 @@ def test_exploded_loss_stops_with_a_sentence(config):
         ({"exits": 4}, "--exits: resnet8 has at most 3; got 4"),
         ({"device": "abacus"}, "--device: 'abacus' cannot be used"),
         ({"executor": "abacus"}, "--executor: must be one of auto, eager"),
-        ({"width": 4}, "--width: must be at least"),
     ],
 )
 def test_mistakes_are_named(config, changes, message):
