@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def pair(kind="random", t=1.0):
 
 @pytest.mark.parametrize("equation", range(1, 9))
 def test_every_equation_is_cited(equation):
-    source = open(reference.__file__).read()
+    source = Path(reference.__file__).read_text()
     head, _, body = source.partition("from __future__")
     assert f"({equation}) " in head
     assert f"({equation})" in body

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native module under the address and undefined-behaviour sanitizers, on exactly sized buffers."""
+"""The native module under sanitizers (address, undefined behaviour), on exactly sized buffers."""
 
 import pytest
 

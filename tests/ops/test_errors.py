@@ -48,7 +48,9 @@ LOGITS = {
         lambda: [zeros(5)] * K, ValueError,
         "each exit's logits must be a tensor [N, C]; got float32 [5]",
     ),
-    "a number among exits": (lambda: [zeros(), 1.0], TypeError, "logits must be a tensor; got 'float'"),
+    "a number among exits": (
+        lambda: [zeros(), 1.0], TypeError, "logits must be a tensor; got 'float'",
+    ),
     "none of [K, N, C]": (lambda: zeros(0, N, C), ValueError, COUNT + "0"),
     "too many": (lambda: exits(33), ValueError, COUNT + "33"),
     "too many of [K, N, C]": (lambda: zeros(33, N, C), ValueError, COUNT + "33"),
@@ -74,7 +76,10 @@ LOGITS = {
         lambda: [zeros(), zeros(device="meta")], ValueError,
         ALIKE + "'float32 [4, 5] on cpu and float32 [4, 5] on meta'",
     ),
-    "sparse": (lambda: [zeros().to_sparse()] * K, TypeError, "logits must be dense; got 'torch.sparse_coo'"),
+    "sparse": (
+        lambda: [zeros().to_sparse()] * K, TypeError,
+        "logits must be dense; got 'torch.sparse_coo'",
+    ),
     "one sparse exit": (
         lambda: [zeros(), zeros().to_sparse()], TypeError,
         "logits must be dense; got 'torch.sparse_coo'",
@@ -204,10 +209,10 @@ def test_the_largest_number_of_exits_is_legal():
 @pytest.mark.parametrize(("op", "label"), itertools.product(LOSSES, (-1, C, 1 << 40, -101)))
 def test_labels_out_of_range(op, label, server):
     target = torch.tensor([0, -100, label, 1])
-    with serve(server), pytest.raises(ValueError) as caught:
-        OPS[op](exits(), target)
     rule = "labels must be in [0, 5) or ignore_index = -100"
-    assert sentence_of(caught) == f"{op}: {rule}; got {label}"
+    sentence = re.escape(f"{op}: {rule}; got {label}") + "$"
+    with serve(server), pytest.raises(ValueError, match=sentence):
+        OPS[op](exits(), target)
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -221,9 +226,9 @@ def test_minus_one_may_be_the_ignored_label(server):
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan])
 @pytest.mark.parametrize("op", ["multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax"])
 def test_a_temperature_in_a_tensor(op, value, server):
-    with serve(server), pytest.raises(ValueError) as caught:
+    sentence = re.escape(f"{op}: temperature must be positive; got {value}") + "$"
+    with serve(server), pytest.raises(ValueError, match=sentence):
         OPS[op](exits(), temperature=torch.tensor(value))
-    assert sentence_of(caught) == f"{op}: temperature must be positive; got {value}"
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -80,7 +80,8 @@ def test_meta_tensors(stacked):
     given = z if stacked else list(z.unbind(0))
     y = torch.zeros(4, dtype=torch.int64, device="meta")
     out = msdkern.multi_exit_loss(given, y, pair_weight="mutual", pair_divergence=True)
-    assert out.loss.shape == () and out.loss.device.type == "meta"
+    assert out.loss.shape == ()
+    assert out.loss.device.type == "meta"
     assert out.pair_divergence.shape == (3, 3)
     assert out.prediction.dtype == torch.int64
     out.loss.backward()
