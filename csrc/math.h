@@ -20,18 +20,19 @@
 
 namespace MSDKERN_NAMESPACE {
 
-// (2) forward KL against all teachers of student i at once. mass = sum_j W_ij q_j,
-// moment = sum_j W_ij q_j d_j, n = sum_j W_ij:
-//     sum_j W_ij [ q_j (l_j - l_i) + (q_i - q_j) ]
-template <class V>
-MSDKERN_INLINE V forward_kl_value(V q_i, V d_i, V n, V mass, V moment) {
-    return (moment - d_i * mass) + (n * q_i - mass);
-}
-
-// (6) its gradient in z_i, less the factor 1 / T; the same for soft cross entropy.
+// (6) Gradient in z_i, less the factor 1 / T, of forward KL against all teachers of student i at
+// once, and of soft cross entropy. mass = sum_j W_ij q_j, n = sum_j W_ij:
+//     sum_j W_ij (q_i - q_j)
 template <class V>
 MSDKERN_INLINE V forward_kl_gradient(V q_i, V n, V mass) {
     return n * q_i - mass;
+}
+
+// (2) The value of forward KL, from that gradient and moment = sum_j W_ij q_j d_j:
+//     sum_j W_ij [ q_j (l_j - l_i) + (q_i - q_j) ]
+template <class V>
+MSDKERN_INLINE V forward_kl_value(V gradient, V d_i, V mass, V moment) {
+    return (moment - d_i * mass) + gradient;
 }
 
 // (2), (6) One pair: the value, and the derivatives with respect to l_i and l_j up to multiples

@@ -14,10 +14,11 @@ INLINE Pair<VecOf<Real>> pair_terms(const Sweep<Real> &s, int i, int j, int64_t 
     typedef VecOf<Real> V;
     const V q_i = load(s.e[i] + c) * s.inverse_t[i], q_j = load(s.e[j] + c) * s.inverse_t[j];
     if (kDivergence == MSDKERN_JSD) return jsd_pair(q_i, q_j, splat(s.beta));
-    const V l_i = load(s.x[i] + c) - s.log_t[i], l_j = load(s.x[j] + c) - s.log_t[j];
+    if (kDivergence == MSDKERN_SOFT_CE) return soft_ce_pair(load(s.x[i] + c) - s.log_t[i], q_j);
+    // Both less the deepest exit's log-sum, which their difference does not see.
+    const V l_i = load(s.x[i] + c) - s.gap[i], l_j = load(s.x[j] + c) - s.gap[j];
     if (kDivergence == MSDKERN_FORWARD_KL) return forward_kl_pair(q_i, l_i, q_j, l_j);
-    if (kDivergence == MSDKERN_REVERSE_KL) return reverse_kl_pair(q_i, l_i, q_j, l_j);
-    return soft_ce_pair(l_i, q_j);
+    return reverse_kl_pair(q_i, l_i, q_j, l_j);
 }
 
 template <class Real, int kDivergence>
@@ -100,11 +101,13 @@ struct NamedTerms {
         V other[MSDKERN_MAX_EXITS], work[MSDKERN_MAX_EXITS];
         const int exits = s.exits, pairs = s.pairs;
         // Soft cross entropy takes l itself, the divergences l relative to the deepest exit's.
-        V reference = V{};
-        if (kForward || kReverse) reference = load(s.x[exits - 1] + c) - s.log_t[exits - 1];
+        const V deepest_x = load(s.x[exits - 1] + c);
         for (int k = 0; k < exits; ++k) {
             q[k] = probability<Real, V>(s, k, c);
-            d[k] = relative_log(s, k, c, reference);
+            if (kForward || kReverse)
+                d[k] = relative_log(s, k, c, deepest_x);
+            else
+                d[k] = load(s.x[k] + c) - s.log_t[k];
             work[k] = kForward ? q[k] * d[k] : d[k];
         }
         sum_teachers(pairs, exits, q, mass);
@@ -114,7 +117,8 @@ struct NamedTerms {
             const Real n = s.n[i] - Real(pairs == MSDKERN_PAIRS_MUTUAL ? 1 : 0);
             const V gap = q[i] * (n * d[i] - other[i]);  // for reverse KL
             if (value && kForward)
-                value[i] = forward_kl_value(q[i], d[i], splat(n), mass[i], other[i]);
+                value[i] = forward_kl_value(forward_kl_gradient(q[i], splat(n), mass[i]), d[i],
+                                            mass[i], other[i]);
             if (value && kReverse) value[i] = gap + (mass[i] - n * q[i]);
             if (value && !kForward && !kReverse) value[i] = -(d[i] * mass[i]);
             h[i] = (kReverse ? gap : -mass[i]) * coefficient(s, i);

@@ -146,20 +146,20 @@ struct Loss {
 
     // Maxima, exponentials and their sums of all rows of sample n.
     void softmaxes(int64_t n, const Scratch &scratch, Sweep<Real> &s, Softmaxes &result) const {
+        Real at_t[MSDKERN_MAX_ROWS];
         for (int r = 0; r < rows; ++r) {
             const S *row = row_of(r, n);
             const S *next =
                 n + 1 < call.rows && classes <= kPrefetched ? row_of(r, n + 1) : nullptr;
             const Real m = result.maximum[r] = row_maximum(row, classes, next);
             const RowSums<Real> sums = exponentials_of(row, m, store_of(scratch, r));
-            s.log_t[r] = sums.at_t;
-            s.inverse_t[r] = 1 / sums.at_t;
+            at_t[r] = sums.at_t;
             if (r < exits) {
                 result.log_one[r] = sums.at_one;
                 result.inverse_one[r] = 1 / sums.at_one;
             }
         }
-        logarithms(s.log_t, rows);
+        if (divergent) slacks(s, at_t);
         logarithms(result.log_one, exits);
     }
 
@@ -332,6 +332,7 @@ struct Loss {
                 run(careful.values, n, scratch, s, softmax, false);
             }
         }
+        if (divergent) correct_values(s, call.divergence);
         if (gradient) subtract_label(n, s);
     }
     void run_general(const TwoSweeps<Real> &sweeps, int64_t n, const Scratch &scratch,

@@ -4,10 +4,6 @@
 
 #include <stdlib.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "simd.h"
 
 #include "../math.h"  // after simd.h, which provides its weigh() and logarithm()
@@ -133,8 +129,8 @@ INLINE int64_t first_class(const S *row, int64_t classes, Test test) {
             break;
     for (; c < classes; c += W) {
         const int n = int(least<int64_t>(W, classes - c));
-        const int lane =
-            first_lane(test(n == W ? load(row + c) : load_partial(row + c, n, nothing)));
+        const int lane = first_lane((typename Vector<Real>::Int)test(
+            n == W ? load(row + c) : load_partial(row + c, n, nothing)));
         if (lane >= 0) return c + lane;
     }
     return classes;

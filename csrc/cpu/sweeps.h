@@ -21,6 +21,8 @@ struct Sweep {
     Real *out[MSDKERN_MAX_EXITS];  // gradient, or null
     // Whole row: l = x - log_t, q = e inverse_t.
     Real log_t[MSDKERN_MAX_ROWS], inverse_t[MSDKERN_MAX_ROWS];
+    // log_t less the deepest exit's, and what rounding does to a row's divergences (slacks()).
+    Real gap[MSDKERN_MAX_ROWS], slack[MSDKERN_MAX_ROWS];
     // Gradient of the cross entropy: p_scale * one - mass_scale * u.
     Real p_scale[MSDKERN_MAX_EXITS], mass_scale[MSDKERN_MAX_EXITS];
     // Divergence of student i: share[i] times a sum over teachers whose weights sum to n[i].
@@ -35,14 +37,47 @@ struct Sweep {
     Real total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
 };
 
-// q and d of row r at offset c, where d = l - reference.
+// q of row r at offset c, and d = l - the deepest exit's l. The difference of x is formed first:
+// it is exact, or nearly, where exits agree.
 template <class Real, class V>
 INLINE V probability(const Sweep<Real> &s, int r, int64_t c) {
     return load(s.e[r] + c) * s.inverse_t[r];
 }
 template <class Real, class V>
-INLINE V relative_log(const Sweep<Real> &s, int r, int64_t c, V reference) {
-    return (load(s.x[r] + c) - s.log_t[r]) - reference;
+INLINE V relative_log(const Sweep<Real> &s, int r, int64_t c, V deepest_x) {
+    return (load(s.x[r] + c) - deepest_x) - s.gap[r];
+}
+
+// The normaliser S of a row enters as log S, rounded, and as 1 / S, rounded: then log q and q do
+// not quite belong together, and a KL of near-identical exits, which is of second order, inherits
+// an error of first order. That error is a constant per row, known here: rounding adds
+// slack[j] - slack[i] to sum_c q_j (l_j - l_i) + (q_i - q_j). `sums` holds S on entry.
+template <class Real>
+static void slacks(Sweep<Real> &s, const Real *sums) {
+    double logs[MSDKERN_MAX_ROWS];
+    for (int r = 0; r < s.rows; ++r) logs[r] = double(sums[r]);
+    logarithms(logs, s.rows);
+    for (int r = 0; r < s.rows; ++r) {
+        const double gap = logs[r] - logs[s.exits - 1];
+        s.log_t[r] = Real(logs[r]);
+        s.gap[r] = Real(gap);
+        s.inverse_t[r] = 1 / sums[r];
+        const double excess = double(s.inverse_t[r]) * double(sums[r]) - 1;
+        s.slack[r] = Real((gap - double(s.gap[r])) - excess);
+    }
+}
+
+// Takes it out of the divergences. W holds the weights, share included.
+template <class Real>
+static void correct_values(Sweep<Real> &s, int divergence) {
+    if (divergence != MSDKERN_FORWARD_KL && divergence != MSDKERN_REVERSE_KL) return;
+    const Real sign = divergence == MSDKERN_FORWARD_KL ? Real(1) : Real(-1);
+    for (int i = 0; i < s.exits; ++i)
+        for (int j = 0; j < s.rows; ++j) {
+            const Real error = sign * (s.slack[j] - s.slack[i]);
+            s.value[i] -= s.weight[i * s.rows + j] * error;
+            if (s.matrix) s.matrix[i * s.rows + j] -= error;
+        }
 }
 
 // Mixers: mass = sum_j w_j q_j and moment = sum_j w_j q_j d_j over the teachers of student i, asked
@@ -58,6 +93,7 @@ struct Mixture {
     }
     INLINE_MEMBER void begin(const Sweep<Real> &, int64_t, const V *) { clear(); }
     INLINE_MEMBER void select(const Sweep<Real> &, int) {}
+    INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, mass[v]); }
     INLINE_MEMBER void passed(int, int, V, V) {}
 };
 
@@ -66,15 +102,26 @@ template <class Real, int NV>
 struct Mutual : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kOwnShare = true;
-    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *reference) {
+    // Probabilities are summed relative to the deepest exit's: their differences are exact where
+    // exits agree.
+    V deepest[NV], excess[NV];
+    INLINE_MEMBER V gradient(int v, V q, V n) const {
+        return forward_kl_gradient(q - deepest[v], n, excess[v]);
+    }
+    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *deepest_x) {
         this->clear();
+        for (int v = 0; v < NV; ++v) {
+            deepest[v] = probability<Real, V>(s, s.exits - 1, c + v * kLanes<Real>);
+            excess[v] = V{};
+        }
         for (int k = 0; k < s.exits; ++k)
             for (int v = 0; v < NV; ++v) {
                 const int64_t at = c + v * kLanes<Real>;
                 const V q = probability<Real, V>(s, k, at);
-                this->mass[v] += q;
-                this->moment[v] += q * relative_log(s, k, at, reference[v]);
+                excess[v] += q - deepest[v];
+                this->moment[v] += q * relative_log(s, k, at, deepest_x[v]);
             }
+        for (int v = 0; v < NV; ++v) this->mass[v] = excess[v] + Real(s.exits) * deepest[v];
     }
 };
 
@@ -122,12 +169,12 @@ template <class Real, int NV>
 struct Dense : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     V q[MSDKERN_MAX_ROWS][NV], share[MSDKERN_MAX_ROWS][NV];
-    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *reference) {
+    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *deepest_x) {
         for (int r = 0; r < s.rows; ++r)
             for (int v = 0; v < NV; ++v) {
                 const int64_t at = c + v * kLanes<Real>;
                 q[r][v] = probability<Real, V>(s, r, at);
-                share[r][v] = q[r][v] * relative_log(s, r, at, reference[v]);
+                share[r][v] = q[r][v] * relative_log(s, r, at, deepest_x[v]);
             }
     }
     INLINE_MEMBER void select(const Sweep<Real> &s, int i) {
@@ -156,11 +203,11 @@ template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradi
 INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, int partial = 0) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
-    V reference[NV];
+    V deepest_x[NV];
     const int deepest = s.exits - 1;
-    for (int v = 0; v < NV; ++v) reference[v] = load(s.x[deepest] + c + v * W) - s.log_t[deepest];
+    for (int v = 0; v < NV; ++v) deepest_x[v] = load(s.x[deepest] + c + v * W);
     Mixer<Real, NV> mixer;
-    mixer.begin(s, c, reference);
+    mixer.begin(s, c, deepest_x);
     for (int i = deepest; i >= 0; --i) {
         mixer.select(s, i);
         const V n = splat(s.n[i]);
@@ -169,14 +216,15 @@ INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, in
         for (int v = 0; v < NV; ++v) {
             const int64_t at = c + v * W;
             const V q = probability<Real, V>(s, i, at);
-            const V d = relative_log(s, i, at, reference[v]);
+            const V d = relative_log(s, i, at, deepest_x[v]);
             const V mass = mixer.mass[v];
+            const V gap = mixer.gradient(v, q, n);
             if (kSoft)
-                total -= (d + reference[v]) * (mixer.kOwnShare ? mass - q : mass);
+                total -= (load(s.x[i] + at) - s.log_t[i]) * (mixer.kOwnShare ? mass - q : mass);
             else
-                total += forward_kl_value(q, d, n, mass, mixer.moment[v]);
+                total += forward_kl_value(gap, d, mass, mixer.moment[v]);
             if (out) {
-                V g = forward_kl_gradient(q, n, mass) * s.pair_scale[i];
+                V g = gap * s.pair_scale[i];
                 g += load(s.one[i] + at) * s.p_scale[i];
                 if (s.mass) g -= load(s.mass + at) * s.mass_scale[i];
                 store_some(out + at, g, partial);
