@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from msdkern import models, nn, pairs
+    from msdkern import executors, models, nn, pairs
     from msdkern.executors import executor, explain
     from msdkern.ops import (
         ExitStatistics,
@@ -37,7 +37,7 @@ _HOME = {
     "multi_exit_row_losses": "msdkern.ops",
     "multi_exit_softmax": "msdkern.ops",
 }
-_SUBMODULES = ("models", "nn", "pairs")
+_SUBMODULES = ("executors", "models", "nn", "pairs")
 
 __all__ = [
     "ExitStatistics",
@@ -45,6 +45,7 @@ __all__ = [
     "RowLosses",
     "__version__",
     "executor",
+    "executors",
     "exit_statistics",
     "explain",
     "models",

@@ -3,12 +3,14 @@
 
 The scalar loss computes its gradient in forward, while the row set is in cache; backward scales
 that buffer by the upstream gradient and hands it out once. A later backward recomputes it from
-the saved logits, so nothing handed out is ever written again. Functions whose outputs have a row
-each save the logits only and recompute. None of them can be differentiated twice.
+the saved logits, so nothing handed out is ever written again. float16 gradients are computed in
+backward only: rounded before a loss scale arrives, 1 / N would leave them subnormal. Functions
+whose outputs have a row each save the logits and recompute. None can be differentiated twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,17 +39,36 @@ def _spread(gradients: list[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | 
     return [next(rest) if want else None for want in wanted]
 
 
+def _ready_in_forward(logits: Sequence[Tensor]) -> bool:
+    return logits[0].dtype != torch.float16
+
+
+def _gradients(
+    logits: Sequence[Tensor], rest: tuple[Any, ...], wanted: Sequence[bool], upstream: Tensor
+) -> list[Tensor]:
+    """The gradients times the upstream factor, from the logits."""
+    teachers, target, exit_weight, pairs, pair_weight, pair_scale, *others, executor = rest
+    exits = len(logits) if logits[0].dim() == 2 else logits[0].shape[0]
+    exit_weight = upstream.expand(exits) if exit_weight is None else exit_weight * upstream
+    inputs = (teachers, target, exit_weight.contiguous(), pairs, pair_weight)
+    *_, gradients = _OPS.multi_exit_loss.default(
+        [z.detach() for z in logits], *inputs, pair_scale * upstream, *others, wanted, executor
+    )
+    return gradients
+
+
 class _MultiExitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rest: tuple[Any, ...], report: list[Tensor], *logits: Tensor) -> Tensor:
         # The detached outputs leave through `report`: as outputs of the Function each would cost
         # as much again as the loss.
-        wanted = ctx.needs_input_grad[2:]
-        loss, *values, ctx.gradients = _OPS.multi_exit_loss.default(
-            logits, *rest[:-1], wanted, rest[-1]
+        ctx.wanted = wanted = ctx.needs_input_grad[2:]
+        ready = _ready_in_forward(logits)
+        loss, *values, gradients = _OPS.multi_exit_loss.default(
+            logits, *rest[:-1], wanted if ready else (), rest[-1]
         )
         report += values
-        ctx.rest, ctx.wanted = rest, wanted
+        ctx.rest, ctx.gradients = rest, gradients if ready else None
         ctx.save_for_backward(*logits)
         return loss
 
@@ -58,10 +79,9 @@ class _MultiExitLoss(torch.autograd.Function):
         logits = ctx.saved_tensors  # also raises if they were changed in place since
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            *_, gradients = _OPS.multi_exit_loss.default(
-                [z.detach() for z in logits], *rest[:-1], wanted, rest[-1]
-            )
-        _OPS.scale_.default(gradients, upstream, rest[-1])
+            gradients = _gradients(logits, rest, wanted, upstream)
+        else:
+            _OPS.scale_.default(gradients, upstream, rest[-1])
         return (None, None, *_spread(gradients, wanted))
 
 
@@ -72,18 +92,22 @@ class _TracedMultiExitLoss(torch.autograd.Function):
     def forward(ctx: Any, count: int, *inputs: Any) -> tuple[Tensor, ...]:
         logits, rest = inputs[:count], inputs[count:]
         wanted = [z.requires_grad for z in logits]
+        ready = _ready_in_forward(logits)
         *values, gradients = _OPS.multi_exit_loss.default(
-            list(logits), *rest[:-1], wanted, rest[-1]
+            list(logits), *rest[:-1], wanted if ready else [], rest[-1]
         )
-        ctx.wanted, ctx.others = tuple(wanted), len(rest)
-        ctx.save_for_backward(*gradients)
+        ctx.wanted, ctx.rest, ctx.ready = tuple(wanted), rest, ready
+        ctx.save_for_backward(*(gradients if ready else logits))
         ctx.mark_non_differentiable(*values[1:])
         return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *unused: Any) -> tuple[Any, ...]:
-        gradients = [g * upstream.to(g.dtype) for g in ctx.saved_tensors]
-        return (None, *_spread(gradients, ctx.wanted), *(None,) * ctx.others)
+        if ctx.ready:
+            gradients = [(g.to(upstream.dtype) * upstream).to(g.dtype) for g in ctx.saved_tensors]
+        else:
+            gradients = _gradients(ctx.saved_tensors, ctx.rest, list(ctx.wanted), upstream)
+        return (None, *_spread(gradients, ctx.wanted), *(None,) * len(ctx.rest))
 
 
 def multi_exit_loss(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:

@@ -24,12 +24,13 @@ def _unstack(logits: Sequence[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind(0)) if logits[0].dim() == 3 else list(logits)
 
 
-def _check_values(
-    op: str, temperature: Tensor, target: Tensor | None, classes: int, skip: int
-) -> None:
-    """Checks of values, where reading them needs no synchronisation with a GPU."""
-    if temperature.device.type == "cpu" and not temperature.item() > 0:
-        raise ValueError(f"{op}: temperature must be positive; got {temperature.item()}")
+def _check_positive(op: str, name: str, value: Tensor) -> None:
+    """Checked where reading the value needs no synchronisation with a GPU."""
+    if value.device.type == "cpu" and not value.item() > 0:
+        raise ValueError(f"{op}: {name} must be positive; got {value.item()}")
+
+
+def _check_labels(op: str, target: Tensor | None, classes: int, skip: int) -> None:
     if target is None or target.is_floating_point() or target.device.type != "cpu":
         return
     wrong = ((target < 0) | (target >= classes)) & (target != skip)
@@ -61,11 +62,13 @@ class _Rows:
         label_smoothing: float,
     ) -> None:
         self.logits = z = _unstack(logits)
+        self.stacked = logits[0].dim() == 3
         self.teachers, self.target = teacher_logits, target
         self.class_weight, self.ignore_index = class_weight, ignore_index
         self.label_smoothing = label_smoothing
         rows, classes = z[0].shape
-        _check_values(op, temperature, target, classes, ignore_index)
+        _check_positive(op, "temperature", temperature)
+        _check_labels(op, target, classes, ignore_index)
         like = torch.empty((), dtype=reference.accumulation_dtype(z[0].dtype), device=z[0].device)
         self.temperature = temperature.to(like)
         self.scale = pair_scale.to(like)
@@ -123,7 +126,7 @@ class _Rows:
                 result[k] = result[k] + reference.weigh(of_ce[k].unsqueeze(-1), g)
         keep = (self.valid > 0).unsqueeze(-1)
         result = [torch.where(keep, g, 0.0).to(self.logits[0].dtype) for g in result]
-        if len(wanted) == 1 and len(result) != 1:
+        if self.stacked:
             return [torch.stack(result)]
         return [g for g, want in zip(result, wanted, strict=True) if want]
 
@@ -139,6 +142,7 @@ def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...
     one = torch.ones_like(mean_ce)
     r_ce, r_rows = (mean_ce, mean_rows) if reduction == "mean" else (one, one)
     if normalizer is not None:
+        _check_positive("multi_exit_loss", "normalizer", normalizer)
         r_ce = r_rows = one / normalizer.to(one)
     statistics = [reference.statistics(z) for z in rows.logits]
     upstream = (r_ce.expand_as(ce), r_rows.expand_as(ce))
@@ -167,7 +171,7 @@ def multi_exit_row_losses_backward(
 
 
 def multi_exit_softmax(logits: Sequence[Tensor], temperature: Tensor, log: bool) -> list[Tensor]:
-    _check_values("multi_exit_softmax", temperature, None, 0, 0)
+    _check_positive("multi_exit_softmax", "temperature", temperature)
     result = []
     for z in logits:
         log_p = reference.log_softmax(z, temperature.to(z.device))

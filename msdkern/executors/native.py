@@ -152,6 +152,11 @@ def _call_loss(
     if divergence == "jsd" and beta in (0.0, 1.0):
         divergence = "reverse_kl" if beta else "forward_kl"
     t = temperature.item()
+    divisor = 0.0  # none given
+    if normalizer is not None:
+        divisor = float(normalizer.item())
+        if not divisor > 0:
+            raise ValueError(f"{op}: normalizer must be positive; got {divisor}")
     status, bad_label = _kernels().loss(
         form,
         DTYPE_CODES[dtype],
@@ -179,7 +184,7 @@ def _call_loss(
         ignore_index,
         label_smoothing,
         mean,
-        0.0 if normalizer is None else float(normalizer.item()),
+        divisor,
         [_address(o) for o in outputs],
     )
     if status:

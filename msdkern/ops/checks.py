@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_EXITS = 32
+NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -91,9 +92,11 @@ def no_gradient(op: str, name: str, value: object) -> None:
         fail(op, f"{name} must not require a gradient (detach it)", value)
 
 
-@functools.lru_cache(maxsize=1024)
-def _constant(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+def _new_constant(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+_constant = functools.lru_cache(maxsize=1024)(_new_constant)
 
 
 def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -108,16 +111,22 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
         if value.dim() != 0 or not (value.is_floating_point() or name == "normalizer"):
             fail(op, f"{name} must be a number or a 0-d floating-point tensor", value)
         return value
-    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if not isinstance(value, NUMBERS):
         fail(op, f"{name} must be a number or a 0-d tensor", value, TypeError)
     if torch.compiler.is_compiling():
         # A product, because torch.full() would bake the number into the graph.
         return torch.ones((), dtype=torch.float64, device=like.device) * value
-    return _constant(float(value))
+    # A mode (fake tensors, say) makes tensors of its own kind, which must not be kept or mixed.
+    modes = torch._C._len_torch_dispatch_stack()
+    return _new_constant(float(value)) if modes else _constant(float(value))
 
 
 def positive(op: str, name: str, value: float | Tensor) -> None:
-    if not isinstance(value, Tensor) and not (value > 0 and value < math.inf):
+    if isinstance(value, Tensor):
+        return  # read by the executors, where that needs no synchronisation
+    if not isinstance(value, NUMBERS):
+        fail(op, f"{name} must be a number or a 0-d tensor", value, TypeError)
+    if not (value > 0 and value < math.inf):
         fail(op, f"{name} must be positive and finite", value)
 
 

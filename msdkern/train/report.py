@@ -139,6 +139,7 @@ def cost_axes(axes: Any, cost: Sequence[float], accuracy: Sequence[float]) -> No
     low, high = min(accuracy), max(accuracy)
     span = max(high - low, 1.0)
     axes.set_ylim(low - 0.25 * span, high + 0.35 * span)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low - 0.25 * span <= tick <= 100])
     reach = (max(cost) - min(cost)) or max(cost)
     axes.set_xlim(max(0, min(cost) - 0.15 * reach), max(cost) + 0.15 * reach)
 

@@ -206,7 +206,7 @@ def test_the_largest_number_of_exits_is_legal():
 
 
 @pytest.mark.parametrize("server", SERVERS)
-@pytest.mark.parametrize(("op", "label"), itertools.product(LOSSES, (-1, C, 1 << 40, -101)))
+@pytest.mark.parametrize(("op", "label"), list(itertools.product(LOSSES, (-1, C, 1 << 40, -101))))
 def test_labels_out_of_range(op, label, server):
     target = torch.tensor([0, -100, label, 1])
     rule = "labels must be in [0, 5) or ignore_index = -100"
