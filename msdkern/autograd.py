@@ -10,11 +10,12 @@ whose outputs have a row each save the logits and recompute. None can be differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _OPS = torch.ops.msdkern
 
@@ -28,7 +29,24 @@ def _refuse_second_order(op: str) -> None:
 
 
 def _wants_gradient(logits: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(z.requires_grad for z in logits)
+    # Inside forward-mode differentiation it is the Function that refuses; the op would drop
+    # tangents without a word.
+    if not torch.is_grad_enabled():
+        return False
+    return forward_ad._current_level >= 0 or any(z.requires_grad for z in logits)
+
+
+def _versions(values: Iterable[Any]) -> list[tuple[Tensor, int]]:
+    """Weights, targets, teachers and temperature as they are now. `save_for_backward` would also
+    keep watch, but refuses tensors made in inference mode, as a teacher's logits may be.
+    """
+    flat = (t for v in values for t in (v if isinstance(v, (list, tuple)) else (v,)))
+    return [(t, t._version) for t in flat if isinstance(t, Tensor) and not t.is_inference()]
+
+
+def _check_versions(op: str, kept: list[tuple[Tensor, int]]) -> None:
+    if any(tensor._version != version for tensor, version in kept):
+        raise RuntimeError(f"{op}: an argument was changed in place between forward and backward")
 
 
 def _spread(gradients: list[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:
@@ -69,6 +87,7 @@ class _MultiExitLoss(torch.autograd.Function):
         )
         report += values
         ctx.rest, ctx.gradients = rest, gradients if ready else None
+        ctx.versions = _versions(rest)
         ctx.save_for_backward(*logits)
         return loss
 
@@ -79,6 +98,7 @@ class _MultiExitLoss(torch.autograd.Function):
         logits = ctx.saved_tensors  # also raises if they were changed in place since
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
+            _check_versions("multi_exit_loss", ctx.versions)
             gradients = _gradients(logits, rest, wanted, upstream)
         else:
             _OPS.scale_.default(gradients, upstream, rest[-1])
@@ -127,12 +147,14 @@ class _RowLosses(torch.autograd.Function):
         logits, rest = inputs[:count], inputs[count:]
         outputs = _OPS.multi_exit_row_losses.default(list(logits), *rest)
         ctx.wanted, ctx.rest = tuple(z.requires_grad for z in logits), rest
+        ctx.versions = [] if torch.compiler.is_compiling() else _versions(rest)
         ctx.save_for_backward(*logits)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad_ce: Tensor, grad_divergence: Tensor) -> tuple[Any, ...]:
         _refuse_second_order("multi_exit_row_losses")
+        _check_versions("multi_exit_row_losses", ctx.versions)
         logits, rest = list(ctx.saved_tensors), ctx.rest
         gradients = _OPS.multi_exit_row_losses_backward.default(
             grad_ce, grad_divergence, logits, *rest[:-1], list(ctx.wanted), rest[-1]
@@ -154,12 +176,14 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs = _OPS.multi_exit_softmax.default(list(logits), temperature, log, executor)
         ctx.arguments, ctx.wanted = (temperature, log, executor), ctx.needs_input_grad[3:]
+        ctx.versions = [] if torch.compiler.is_compiling() else _versions([temperature])
         ctx.save_for_backward(*outputs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         _refuse_second_order("multi_exit_softmax")
+        _check_versions("multi_exit_softmax", ctx.versions)
         gradients = _OPS.multi_exit_softmax_backward.default(
             list(upstream), list(ctx.saved_tensors), *ctx.arguments
         )

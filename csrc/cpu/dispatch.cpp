@@ -28,10 +28,14 @@ const Isa kIsas[] = {
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
                 __builtin_cpu_supports("fma") != 0;
      }},
     {"avx2", &msdkern_kernels_avx2,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") != 0; }},
+     [] {
+         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                __builtin_cpu_supports("fma") != 0;
+     }},
 #endif
     {"baseline", &msdkern_kernels_baseline, [] { return true; }},
 };

@@ -48,7 +48,9 @@ static void statistics_row(const msdkern_statistics &call, int k, int64_t n) {
         margin = inverse * (1 - exponential(splat(gap))[0]);
     }
     const int64_t at = k * call.rows + n;
-    static_cast<Real *>(call.lse)[at] = m + log_sum;
+    // Where the largest logit is infinite or NaN, it is the sum.
+    const Real top = load_partial(row + argmax, 1, Real(0))[0];
+    static_cast<Real *>(call.lse)[at] = top - top == 0 ? m + log_sum : top;
     static_cast<Real *>(call.confidence)[at] = inverse;
     static_cast<Real *>(call.margin)[at] = margin;
     static_cast<Real *>(call.entropy)[at] = log_sum - sum<Real>(weighted) * inverse;

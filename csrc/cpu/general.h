@@ -40,6 +40,7 @@ static void pair_values(Sweep<Real> &s, int64_t classes) {
             if (s.matrix) s.matrix[i * s.rows + j] += d;
             if (w == 0) continue;
             s.value[i] += w * d;
+            if (scale == 0) continue;
             s.total[i] += scale * sum<Real>(of_student);
             if (!s.detach && j < s.exits) s.total[j] += scale * sum<Real>(of_teacher);
         }
@@ -62,9 +63,9 @@ struct PairTerms {
     }
 };
 
-// The same for named weights in O(K): sums over the teachers of a student, and over the students
-// of a teacher, are running sums. Not for JSD, whose mixture belongs to the pair, and not where
-// classes are masked with -inf.
+// The same for mutual and deeper in O(K): sums over the teachers of a student, and over the
+// students of a teacher, are running sums. (last and next are K - 1 pairs anyhow.) Not for JSD,
+// whose mixture belongs to the pair, and not where classes are masked with -inf.
 template <class V>
 INLINE void sum_teachers(int pairs, int exits, const V *x, V *result) {
     V total = V{};
@@ -72,10 +73,7 @@ INLINE void sum_teachers(int pairs, int exits, const V *x, V *result) {
         for (int k = 0; k < exits; ++k) total += x[k];
     for (int i = exits - 1; i >= 0; --i) {
         result[i] = pairs == MSDKERN_PAIRS_MUTUAL ? total - x[i] : total;
-        if (pairs == MSDKERN_PAIRS_DEEPER)
-            total += x[i];
-        else if (pairs == MSDKERN_PAIRS_NEXT || (pairs == MSDKERN_PAIRS_LAST && i == exits - 1))
-            total = x[i];
+        if (pairs == MSDKERN_PAIRS_DEEPER) total += x[i];
     }
 }
 
@@ -84,9 +82,8 @@ INLINE void sum_students(int pairs, int exits, const V *x, V *result) {
     if (pairs == MSDKERN_PAIRS_MUTUAL) return sum_teachers(pairs, exits, x, result);
     V total = V{};
     for (int j = 0; j < exits; ++j) {
-        const bool teaches = pairs != MSDKERN_PAIRS_LAST || j == exits - 1;
-        result[j] = teaches ? total : V{};
-        total = pairs == MSDKERN_PAIRS_NEXT ? x[j] : total + x[j];
+        result[j] = total;
+        total += x[j];
     }
 }
 
@@ -105,7 +102,7 @@ struct NamedTerms {
         for (int k = 0; k < exits; ++k) {
             q[k] = probability<Real, V>(s, k, c);
             if (kForward || kReverse)
-                d[k] = relative_log(s, k, c, deepest_x);
+                d[k] = relative_log(s, k, c, deepest_x, s.gap[k]);
             else
                 d[k] = load(s.x[k] + c) - s.log_t[k];
             work[k] = kForward ? q[k] * d[k] : d[k];

@@ -36,7 +36,7 @@ static int any_loss(msdkern_loss *call, Form form) {
     if (call->exits < 1 || call->exits > MSDKERN_MAX_EXITS || call->teachers < 0 ||
         call->exits + call->teachers > MSDKERN_MAX_ROWS || call->rows < 0 || call->classes < 1)
         return MSDKERN_BAD_SIZE;
-    if (!(call->temperature > 0)) return MSDKERN_BAD_TEMPERATURE;
+    if (!(call->temperature > 0 && call->temperature <= 1e300)) return MSDKERN_BAD_TEMPERATURE;
     return with_dtype(call->dtype, [&](auto s) { return run_loss<decltype(s)>(*call, form); });
 }
 static int loss(msdkern_loss *call) { return any_loss(call, Form::kScalar); }
@@ -46,7 +46,7 @@ static int row_losses_backward(msdkern_loss *call) { return any_loss(call, Form:
 static int any_softmax(const msdkern_softmax *call, bool backward) {
     if (call->exits < 1 || call->exits > MSDKERN_MAX_EXITS || call->rows < 0 || call->classes < 1)
         return MSDKERN_BAD_SIZE;
-    if (!(call->temperature > 0)) return MSDKERN_BAD_TEMPERATURE;
+    if (!(call->temperature > 0 && call->temperature <= 1e300)) return MSDKERN_BAD_TEMPERATURE;
     return with_dtype(call->dtype,
                       [&](auto s) { return run_softmax<decltype(s)>(*call, backward); });
 }

@@ -29,7 +29,7 @@ struct Loss {
     const int64_t classes;
     Real ce_factor, row_factor, scale;  // r of the two parts, and s
     Real smoothing, inverse_t;
-    Real sum_of_weights;  // of class_weight, for label smoothing
+    double sum_of_weights;  // of class_weight, for label smoothing
     bool divergent, gradient, general, dense_target, stored;
     Powers power;
     int64_t stride, window;
@@ -58,17 +58,17 @@ struct Loss {
         stored = kept <= kRowSetBytes;
         window = least(stride, padded<Real>(stored && kDirect ? kBlock : kWindow));
         careful = two_sweeps = find_pair_sweeps<Real>(c.divergence);
-        const bool named = c.pairs != MSDKERN_PAIRS_DENSE && c.pairs != MSDKERN_PAIRS_NONE;
+        const bool named = c.pairs == MSDKERN_PAIRS_MUTUAL || c.pairs == MSDKERN_PAIRS_DEEPER;
         if (named && !c.pair_divergence && c.divergence != MSDKERN_JSD)
             two_sweeps = find_named_sweeps<Real>(c.divergence);
         student = !divergent ? cross_entropy_sweep<Real>
                              : find_student_sweep<Real>(
                                    c.pairs == MSDKERN_PAIRS_NONE ? MSDKERN_PAIRS_DENSE : c.pairs,
                                    c.divergence == MSDKERN_SOFT_CE, gradient);
-        sum_of_weights = Real(classes);
+        sum_of_weights = double(classes);
         if (c.class_weight) {
             sum_of_weights = 0;
-            for (int64_t i = 0; i < classes; ++i) sum_of_weights += class_weight(i);
+            for (int64_t i = 0; i < classes; ++i) sum_of_weights += double(class_weight(i));
         }
     }
 
@@ -115,22 +115,22 @@ struct Loss {
 
     // (1) u and its sum, for targets that put mass on many classes.
     Real target_mass(Real *mass, int64_t n) const {
-        Real total = 0;
+        double total = 0;
         if (call.label) {
             for (int64_t c = 0; c < classes; ++c) mass[c] = smoothing * class_weight(c);
             const Real on_label = Real(1 - call.label_smoothing) * class_weight(call.label[n]);
             mass[call.label[n]] += on_label;
-            total = smoothing * sum_of_weights + on_label;
+            total = double(smoothing) * sum_of_weights + double(on_label);
         } else {
             const Real *y = real(call.target) + n * classes;
             const Real keep = Real(1 - call.label_smoothing);
             for (int64_t c = 0; c < classes; ++c) {
                 mass[c] = (y[c] * keep + smoothing) * class_weight(c);
-                total += mass[c];
+                total += double(mass[c]);
             }
         }
         for (int64_t c = classes; c < stride; ++c) mass[c] = 0;
-        return total;
+        return Real(total);
     }
     Real dense_cross_entropy(const S *row, const Real *mass, Real m, Real log_one) const {
         V total = V{};
@@ -186,9 +186,10 @@ struct Loss {
             if (!stored) refill(n, begin, count, scratch, softmax);
             if (window < classes) aim(s, scratch, begin);
             for (int k = 0; k < exits; ++k) {
-                Real *const to =
+                s.out[k] = nullptr;
+                if (!writes || !call.gradient[k]) continue;
+                s.out[k] =
                     kDirect ? direct(gradient_of(k, n)) + begin : scratch.gradient + k * window;
-                s.out[k] = writes && call.gradient[k] ? to : nullptr;
             }
             sweep(s, count);
             if (writes && !kDirect) flush(n, begin, count, s);
@@ -241,10 +242,12 @@ struct Loss {
 
     // (1)-(7) for sample n.
     void row(int64_t n, const Scratch &scratch, Sweep<Real> &s, Partial *partial) const {
+        const bool ignore = call.label && call.label[n] == call.ignore_index;
+        if (ignore && form != Form::kScalar) return ignored(n);
         Softmaxes softmax;
         softmaxes(n, scratch, s, softmax);
         if (form == Form::kScalar) predictions(n, softmax);
-        if (call.label && call.label[n] == call.ignore_index) return ignored(n);
+        if (ignore) return ignored(n);
         Real ce[MSDKERN_MAX_EXITS];
         cross_entropies(n, scratch, s, softmax, ce);
         if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, scratch.weight, n);

@@ -37,15 +37,15 @@ struct Sweep {
     Real total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
 };
 
-// q of row r at offset c, and d = l - the deepest exit's l. The difference of x is formed first:
-// it is exact, or nearly, where exits agree.
+// q of row r at offset c, and d = l less the l of another row, the reference. The difference of x
+// is formed first: it is exact, or nearly, where exits agree.
 template <class Real, class V>
 INLINE V probability(const Sweep<Real> &s, int r, int64_t c) {
     return load(s.e[r] + c) * s.inverse_t[r];
 }
 template <class Real, class V>
-INLINE V relative_log(const Sweep<Real> &s, int r, int64_t c, V deepest_x) {
-    return (load(s.x[r] + c) - deepest_x) - s.gap[r];
+INLINE V relative_log(const Sweep<Real> &s, int r, int64_t c, V reference_x, Real gap) {
+    return (load(s.x[r] + c) - reference_x) - gap;
 }
 
 // The normaliser S of a row enters as log S, rounded, and as 1 / S, rounded: then log q and q do
@@ -87,6 +87,7 @@ struct Mixture {
     typedef VecOf<Real> V;
     static const bool kOwnShare = false;
     static const bool kRemembers = false;  // passed() is of interest
+    static const bool kChain = false;      // d is taken relative to the exit passed last
     V mass[NV], moment[NV];
     INLINE_MEMBER void clear() {
         for (int v = 0; v < NV; ++v) mass[v] = moment[v] = V{};
@@ -94,6 +95,9 @@ struct Mixture {
     INLINE_MEMBER void begin(const Sweep<Real> &, int64_t, const V *) { clear(); }
     INLINE_MEMBER void select(const Sweep<Real> &, int) {}
     INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, mass[v]); }
+    INLINE_MEMBER V value(int v, V gradient, V d) const {
+        return forward_kl_value(gradient, d, mass[v], moment[v]);
+    }
     INLINE_MEMBER void passed(int, int, V, V) {}
 };
 
@@ -119,7 +123,7 @@ struct Mutual : Mixture<Real, NV> {
                 const int64_t at = c + v * kLanes<Real>;
                 const V q = probability<Real, V>(s, k, at);
                 excess[v] += q - deepest[v];
-                this->moment[v] += q * relative_log(s, k, at, deepest_x[v]);
+                this->moment[v] += q * relative_log(s, k, at, deepest_x[v], s.gap[k]);
             }
         for (int v = 0; v < NV; ++v) this->mass[v] = excess[v] + Real(s.exits) * deepest[v];
     }
@@ -136,15 +140,13 @@ struct Deeper : Mixture<Real, NV> {
     }
 };
 
-// The next deeper exit teaches.
+// The next deeper exit teaches. It is the reference of d, so its own moment is 0.
 template <class Real, int NV>
 struct Next : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kRemembers = true;
-    INLINE_MEMBER void passed(int, int v, V q, V d) {
-        this->mass[v] = q;
-        this->moment[v] = q * d;
-    }
+    static const bool kChain = true;
+    INLINE_MEMBER void passed(int, int v, V q, V) { this->mass[v] = q; }
 };
 
 // The deepest exit teaches.
@@ -164,28 +166,33 @@ struct Last : Mixture<Real, NV> {
     }
 };
 
-// Any weights: 2 K fused multiply-adds per element.
+// Any weights. Every student is its own reference: the deepest exit need not teach it, and may be
+// far away.
 template <class Real, int NV>
 struct Dense : Mixture<Real, NV> {
     typedef VecOf<Real> V;
-    V q[MSDKERN_MAX_ROWS][NV], share[MSDKERN_MAX_ROWS][NV];
-    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *deepest_x) {
+    V q[MSDKERN_MAX_ROWS][NV], x[MSDKERN_MAX_ROWS][NV];
+    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *) {
         for (int r = 0; r < s.rows; ++r)
             for (int v = 0; v < NV; ++v) {
                 const int64_t at = c + v * kLanes<Real>;
                 q[r][v] = probability<Real, V>(s, r, at);
-                share[r][v] = q[r][v] * relative_log(s, r, at, deepest_x[v]);
+                x[r][v] = load(s.x[r] + at);
             }
     }
     INLINE_MEMBER void select(const Sweep<Real> &s, int i) {
         this->clear();
-        const Real *w = s.weight + i * s.rows;
-        for (int r = 0; r < s.rows; ++r)
+        for (int r = 0; r < s.rows; ++r) {
+            const Real w = s.weight[i * s.rows + r], gap = s.gap[r] - s.gap[i];
+            if (w == 0) continue;
             for (int v = 0; v < NV; ++v) {
-                this->mass[v] += q[r][v] * w[r];
-                this->moment[v] += share[r][v] * w[r];
+                const V share = q[r][v] * w;
+                this->mass[v] += share;
+                this->moment[v] += share * ((x[r][v] - x[i][v]) - gap);
             }
+        }
     }
+    INLINE_MEMBER V value(int v, V gradient, V) const { return this->moment[v] + gradient; }
 };
 
 // A whole vector, or only its first `partial` lanes where that is not 0.
@@ -203,26 +210,28 @@ template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradi
 INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, int partial = 0) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
-    V deepest_x[NV];
+    V reference_x[NV];
     const int deepest = s.exits - 1;
-    for (int v = 0; v < NV; ++v) deepest_x[v] = load(s.x[deepest] + c + v * W);
+    Real reference_gap = 0;
+    for (int v = 0; v < NV; ++v) reference_x[v] = load(s.x[deepest] + c + v * W);
     Mixer<Real, NV> mixer;
-    mixer.begin(s, c, deepest_x);
+    mixer.begin(s, c, reference_x);
     for (int i = deepest; i >= 0; --i) {
         mixer.select(s, i);
         const V n = splat(s.n[i]);
+        const Real distance = s.gap[i] - reference_gap;
         Real *const out = kGradient ? s.out[i] : nullptr;
         V total = V{};
         for (int v = 0; v < NV; ++v) {
             const int64_t at = c + v * W;
             const V q = probability<Real, V>(s, i, at);
-            const V d = relative_log(s, i, at, deepest_x[v]);
+            const V d = relative_log(s, i, at, reference_x[v], distance);
             const V mass = mixer.mass[v];
             const V gap = mixer.gradient(v, q, n);
             if (kSoft)
                 total -= (load(s.x[i] + at) - s.log_t[i]) * (mixer.kOwnShare ? mass - q : mass);
             else
-                total += forward_kl_value(gap, d, mass, mixer.moment[v]);
+                total += mixer.value(v, gap, d);
             if (out) {
                 V g = gap * s.pair_scale[i];
                 g += load(s.one[i] + at) * s.p_scale[i];
@@ -230,7 +239,9 @@ INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, in
                 store_some(out + at, g, partial);
             }
             if (mixer.kRemembers) mixer.passed(i, v, q, d);
+            if (mixer.kChain) reference_x[v] = load(s.x[i] + at);
         }
+        if (mixer.kChain) reference_gap = s.gap[i];
         value[i] += total;
     }
 }

@@ -39,6 +39,10 @@ def reason(name: str) -> str | None:
     return _module(name).reason()
 
 
+def _missing(op: str, name: str) -> str | None:
+    return None if hasattr(_module(name), op) else f"executor {name!r} does not serve {op}"
+
+
 def _refusal(op: str, name: str, device: str) -> str | None:
     """Why this executor cannot serve this op on this device, or None."""
     if name not in EXECUTORS:
@@ -46,9 +50,7 @@ def _refusal(op: str, name: str, device: str) -> str | None:
     serves = EXECUTORS[name][1]
     if serves not in (None, device):
         return f"executor {name!r} serves {serves} tensors; got {device}"
-    if reason(name) is None and not hasattr(_module(name), op):
-        return f"executor {name!r} does not serve this op"
-    return reason(name)
+    return reason(name) or _missing(op, name)
 
 
 @functools.cache
@@ -101,7 +103,7 @@ OPS = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_s
 
 def table() -> dict[str, dict[str, str | None]]:
     """op -> executor -> None when available, else the reason why not."""
-    return {op: {name: reason(name) for name in EXECUTORS} for op in OPS}
+    return {op: {name: reason(name) or _missing(op, name) for name in EXECUTORS} for op in OPS}
 
 
 def explain() -> str:

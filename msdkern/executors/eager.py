@@ -7,6 +7,7 @@ against, and what serves when no kernel can.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ def _unstack(logits: Sequence[Tensor]) -> list[Tensor]:
 
 def _check_positive(op: str, name: str, value: Tensor) -> None:
     """Checked where reading the value needs no synchronisation with a GPU."""
-    if value.device.type == "cpu" and not value.item() > 0:
-        raise ValueError(f"{op}: {name} must be positive; got {value.item()}")
+    if value.device.type == "cpu" and not 0 < value.item() < math.inf:
+        raise ValueError(f"{op}: {name} must be positive and finite; got {value.item()}")
 
 
 def _check_labels(op: str, target: Tensor | None, classes: int, skip: int) -> None:

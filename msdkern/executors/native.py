@@ -9,6 +9,7 @@ sentences.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -103,7 +104,7 @@ def _fail(
 ) -> NoReturn:
     sentences = {
         1: f"labels must be in [0, {classes}) or ignore_index = {skip}; got {bad_label}",
-        2: f"temperature must be positive; got {temperature}",
+        2: f"temperature must be positive and finite; got {temperature}",
     }
     if status == 3:
         raise MemoryError(f"{op}: no memory for scratch rows of {classes} classes")
@@ -155,8 +156,8 @@ def _call_loss(
     divisor = 0.0  # none given
     if normalizer is not None:
         divisor = float(normalizer.item())
-        if not divisor > 0:
-            raise ValueError(f"{op}: normalizer must be positive; got {divisor}")
+        if not 0 < divisor < math.inf:
+            raise ValueError(f"{op}: normalizer must be positive and finite; got {divisor}")
     status, bad_label = _kernels().loss(
         form,
         DTYPE_CODES[dtype],

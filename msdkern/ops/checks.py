@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 MAX_EXITS = 32
-NUMBERS = (int, float, torch.SymFloat, torch.SymInt)
+NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -37,7 +38,7 @@ def plain(op: str, name: str, tensor: object) -> Tensor:
     """A dense tensor on one device: not sparse, not quantised, not a DTensor."""
     if not isinstance(tensor, Tensor):
         fail(op, f"{name} must be a tensor", type(tensor).__name__, TypeError)
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_nested:
         fail(op, f"{name} must be dense", str(tensor.layout), TypeError)
     if type(tensor) is not Tensor and hasattr(tensor, "placements"):
         fail(
@@ -100,7 +101,7 @@ _constant = functools.lru_cache(maxsize=1024)(_new_constant)
 
 
 def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A number or a one-element tensor as a 0-d tensor.
+    """A number or a 0-d tensor as a 0-d tensor.
 
     A number becomes a CPU constant, which kernels receive by value. While a graph is being
     compiled it becomes a tensor on the device of the logits, so that another value needs no
@@ -110,6 +111,9 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
         no_gradient(op, name, plain(op, name, value))
         if value.dim() != 0 or not (value.is_floating_point() or name == "normalizer"):
             fail(op, f"{name} must be a number or a 0-d floating-point tensor", value)
+        if value.device.type != "cpu" and value.device != like.device:
+            rule = f"{name} must be on the CPU or on the device of the logits ({like.device})"
+            fail(op, rule, str(value.device))
         return value
     if not isinstance(value, NUMBERS):
         fail(op, f"{name} must be a number or a 0-d tensor", value, TypeError)
@@ -128,6 +132,12 @@ def positive(op: str, name: str, value: float | Tensor) -> None:
         fail(op, f"{name} must be a number or a 0-d tensor", value, TypeError)
     if not (value > 0 and value < math.inf):
         fail(op, f"{name} must be positive and finite", value)
+
+
+def share(op: str, name: str, value: float) -> None:
+    """A number between 0 and 1."""
+    if not isinstance(value, NUMBERS) or not 0.0 <= value <= 1.0:
+        fail(op, f"{name} must be between 0 and 1", value)
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:

@@ -200,11 +200,9 @@ def _arguments(
         class_weight = _weight(op, "class_weight", class_weight, first, [(classes,)])
     checks.positive(op, "temperature", temperature)
     checks.choice(op, "divergence", divergence, tuple(reference.DIVERGENCES))
-    if not 0.0 <= beta <= 1.0:
-        checks.fail(op, "beta must be between 0 and 1", beta)
-    if not 0.0 <= label_smoothing <= 1.0:
-        checks.fail(op, "label_smoothing must be between 0 and 1", label_smoothing)
-    if not isinstance(ignore_index, int):
+    checks.share(op, "beta", beta)
+    checks.share(op, "label_smoothing", label_smoothing)
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         checks.fail(op, "ignore_index must be an integer", ignore_index, TypeError)
     return (
         z,
@@ -230,7 +228,7 @@ def _teachers(
 ) -> list[Tensor]:
     if teacher_logits is None:
         return []
-    if isinstance(teacher_logits, Tensor):
+    if not isinstance(teacher_logits, (list, tuple)):
         checks.fail(op, "teacher_logits must be a sequence of [N, C] tensors", teacher_logits)
     if len(teacher_logits) > checks.MAX_EXITS:
         rule = f"the number of external teachers must be at most {checks.MAX_EXITS}"
@@ -262,7 +260,10 @@ def _weight(
     """A weight of one of the given shapes, in the accumulation dtype."""
     dtype = reference.accumulation_dtype(first.dtype)
     if not isinstance(weight, Tensor):
-        weight = torch.tensor(weight, dtype=dtype, device=first.device)
+        try:
+            weight = torch.tensor(weight, dtype=dtype, device=first.device)
+        except (TypeError, ValueError, RuntimeError):
+            checks.fail(op, f"{name} must be a tensor or numbers", weight, TypeError)
     checks.no_gradient(op, name, checks.plain(op, name, weight))
     if weight.shape not in shapes or not weight.is_floating_point():
         expected = " or ".join(str(list(s)) for s in shapes)

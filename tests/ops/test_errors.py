@@ -226,7 +226,7 @@ def test_minus_one_may_be_the_ignored_label(server):
 @pytest.mark.parametrize("value", [0.0, -2.0, math.nan])
 @pytest.mark.parametrize("op", ["multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax"])
 def test_a_temperature_in_a_tensor(op, value, server):
-    sentence = re.escape(f"{op}: temperature must be positive; got {value}") + "$"
+    sentence = re.escape(f"{op}: temperature must be positive and finite; got {value}") + "$"
     with serve(server), pytest.raises(ValueError, match=sentence):
         OPS[op](exits(), temperature=torch.tensor(value))
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs at the edge of what is legal, each of which once gave a wrong number without a word."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import msdkern
+from tests.servers import SERVERS, serve
+
+EXITS, ROWS, CLASSES = 3, 4, 10
+
+
+def exits(rows=ROWS, **options):
+    g = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(rows, CLASSES, generator=g, **options).requires_grad_() for _ in range(EXITS)
+    ]
+
+
+@pytest.mark.parametrize("name", ["temperature", "pair_scale", "normalizer"])
+def test_a_scalar_on_another_device_is_refused(name):
+    sentence = f"{name} must be on the CPU or on the device of the logits \\(cpu\\); got 'meta'"
+    with pytest.raises(ValueError, match=sentence):
+        msdkern.multi_exit_loss(exits(), **{name: torch.tensor(2.0, device="meta")})
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_arguments_changed_in_place_before_backward_are_noticed(server):
+    z, t = exits(), torch.tensor(2.0)
+    with serve(server):
+        row = msdkern.multi_exit_row_losses(z, pair_weight="mutual", temperature=t)
+        t.fill_(4.0)
+        with pytest.raises(RuntimeError, match="an argument was changed in place"):
+            row.divergence.sum().backward()
+        weight = torch.ones(EXITS)
+        target = torch.zeros(ROWS, dtype=torch.int64)
+        loss = msdkern.multi_exit_loss(z, target, exit_weight=weight).loss
+        loss.backward(retain_graph=True)
+        target.fill_(4)
+        with pytest.raises(RuntimeError, match="an argument was changed in place"):
+            loss.backward()
+        p = msdkern.multi_exit_softmax(z, temperature=t)
+        t.fill_(1.0)
+        with pytest.raises(RuntimeError, match="an argument was changed in place"):
+            p[0].sum().backward()
+
+
+def test_forward_mode_differentiation_is_refused():
+    def loss(x):
+        return msdkern.multi_exit_loss([x, 0.5 * x], pair_weight="mutual").loss
+
+    x = torch.randn(2, 5)
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("beta", [0.3, 1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("server", SERVERS)
+def test_jsd_of_almost_disjoint_exits_is_finite(server, beta):
+    z = torch.zeros(2, 1, 64)
+    z[0, 0, 0], z[1, 0, 0], z[1, 0, 1] = -86.0, 5.0, -torch.inf
+    z.requires_grad_()
+    options = {"pair_weight": "mutual", "divergence": "jsd", "beta": beta}
+    with serve(server):
+        out = msdkern.multi_exit_loss(z, **options)
+        out.loss.backward()
+    with msdkern.executor("eager"):
+        truth = msdkern.multi_exit_loss(z.detach().double(), **options).loss
+    assert torch.isfinite(z.grad).all()
+    torch.testing.assert_close(out.loss.detach().double(), truth, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("pairs", ["next", "matrix"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("server", SERVERS)
+def test_an_exit_far_away_does_not_blur_the_others(server, divergence, pairs):
+    g = torch.Generator().manual_seed(1)
+    first = torch.randn(8, 100, generator=g)
+    z = [first, first + 1e-4 * torch.randn(8, 100, generator=g), 1000.0 * first.flip(1)]
+    weight = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    weight = "next" if pairs == "next" else weight
+    with serve(server):
+        ours = msdkern.multi_exit_row_losses(z, pair_weight=weight, divergence=divergence)
+    with msdkern.executor("eager"):
+        truth = msdkern.multi_exit_row_losses(
+            [x.double() for x in z], pair_weight="next", divergence=divergence
+        )
+    logs = [F.log_softmax(x, -1) for x in z[:2]]
+    student, teacher = logs if divergence == "forward_kl" else reversed(logs)
+    plain = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    errors = [(x - truth.divergence[0]).abs().max() for x in (ours.divergence[0], plain)]
+    assert errors[0] <= errors[1], errors
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_teacher_without_weight_may_hold_nan(server):
+    z = exits()
+    bad = torch.full((ROWS, CLASSES), torch.nan)
+    weight = torch.cat([msdkern.pairs.mutual(EXITS), torch.zeros(EXITS, 1)], dim=1)
+    with serve(server):
+        out = msdkern.multi_exit_loss(z, pair_weight=weight, teacher_logits=[bad])
+        out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert all(torch.isfinite(x.grad).all() for x in z)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_rows_of_infinite_divergence_can_be_left_out(server):
+    a, b = torch.randn(2, 5), torch.randn(2, 5)
+    b[0, 2] = -torch.inf
+    z = [a.requires_grad_(), b.requires_grad_()]
+    with serve(server):
+        row = msdkern.multi_exit_row_losses(z, pair_weight="mutual", divergence="reverse_kl")
+        torch.where(row.divergence.isfinite(), row.divergence, 0.0).sum().backward()
+    assert torch.isfinite(a.grad).all()
+    assert torch.isfinite(b.grad).all()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_log_sums_of_infinite_rows(server):
+    rows = torch.tensor([[torch.inf, 0.0, 1.0], [-torch.inf] * 3, [torch.nan, 0.0, 0.0]])
+    with serve(server):
+        lse = msdkern.exit_statistics([rows]).lse[0]
+    torch.testing.assert_close(lse, torch.logsumexp(rows, -1), equal_nan=True)
