@@ -75,7 +75,8 @@ static void correct_values(Sweep<Real> &s, int divergence) {
     for (int i = 0; i < s.exits; ++i)
         for (int j = 0; j < s.rows; ++j) {
             const Real error = sign * (s.slack[j] - s.slack[i]);
-            s.value[i] -= s.weight[i * s.rows + j] * error;
+            const Real w = s.weight[i * s.rows + j];
+            if (w != 0) s.value[i] -= w * error;  // a teacher without weight may hold NaN
             if (s.matrix) s.matrix[i * s.rows + j] -= error;
         }
 }
