@@ -133,8 +133,7 @@ class _TracedMultiExitLoss(torch.autograd.Function):
 def multi_exit_loss(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     """The op with its gradient. `rest` is the schema's order, less `gradient`."""
     if not _wants_gradient(logits):
-        detached = [z.detach() for z in logits]
-        return _OPS.multi_exit_loss.default(detached, *rest[:-1], [], rest[-1])[:-1]
+        return _OPS.multi_exit_loss.default(logits, *rest[:-1], [], rest[-1])[:-1]
     if torch.compiler.is_compiling():
         return _TracedMultiExitLoss.apply(len(logits), *logits, *rest)
     report: list[Tensor] = []
@@ -165,7 +164,7 @@ class _RowLosses(torch.autograd.Function):
 def multi_exit_row_losses(logits: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     """The op with its gradient. `rest` is the schema's order."""
     if not _wants_gradient(logits):
-        return _OPS.multi_exit_row_losses.default([z.detach() for z in logits], *rest)
+        return _OPS.multi_exit_row_losses.default(logits, *rest)
     return _RowLosses.apply(len(logits), *logits, *rest)
 
 
@@ -196,6 +195,5 @@ def multi_exit_softmax(
 ) -> tuple[Tensor, ...] | list[Tensor]:
     """The op with its gradient."""
     if not _wants_gradient(logits):
-        z = [t.detach() for t in logits]
-        return _OPS.multi_exit_softmax.default(z, temperature, log, executor)
+        return _OPS.multi_exit_softmax.default(logits, temperature, log, executor)
     return _Softmax.apply(temperature, log, executor, *logits)
