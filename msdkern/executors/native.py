@@ -199,15 +199,14 @@ def multi_exit_loss(
     *row_arguments, reduction, normalizer, pair_divergence, gradient = arguments
     exits, rows, _ = _sizes(logits)
     dtype = reference.accumulation_dtype(logits[0].dtype)
-    shape = (exits, rows)
     matrix = (exits, exits + len(teacher_logits)) if pair_divergence else (0,)
     outputs = (
         torch.empty((), dtype=dtype),
         torch.empty(exits, dtype=dtype),
         torch.empty(exits, dtype=dtype),
-        torch.empty(matrix, dtype=dtype),
-        torch.empty(shape, dtype=torch.int64),
-        torch.empty(shape, dtype=dtype),
+        torch.empty(*matrix, dtype=dtype),
+        torch.empty(exits, rows, dtype=torch.int64),
+        torch.empty(exits, rows, dtype=dtype),
     )
     wanted = outputs if pair_divergence else (*outputs[:3], None, *outputs[4:])
     gradients = _call_loss(

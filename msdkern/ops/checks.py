@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 MAX_EXITS = 32
-NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
+NUMBERS = (int, float, numbers.Real, torch.SymFloat, torch.SymInt)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
