@@ -33,6 +33,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sizes(logits: Sequence[Tensor]) -> tuple[int, int, int]:
+    """K, N and C of K tensors [N, C], or of a list of one tensor [K, N, C]."""
+    first = logits[0]
+    exits = len(logits) if first.dim() == 2 else first.shape[0]
+    return exits, first.shape[-2], first.shape[-1]
+
+
 def log_softmax(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """l = log softmax(z / T) over the last dimension, accumulated in float32 (or float64)."""
     z = logits.to(accumulation_dtype(logits.dtype))

@@ -70,12 +70,6 @@ def _table(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
 
 
-def _sizes(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
-    first = tensors[0]
-    exits = len(tensors) if first.dim() == 2 else first.shape[0]
-    return exits, first.shape[-2], first.shape[-1]
-
-
 def _gradient_table(
     logits: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[list[Tensor], list[int]]:
@@ -137,7 +131,7 @@ def _call_loss(
     """One call of the kernels; returns the gradients."""
     dtype = logits[0].dtype
     logits = [_unit_columns(z) for z in logits]
-    exits, rows, classes = _sizes(logits)
+    exits, rows, classes = reference.sizes(logits)
     addresses, strides = _table(logits)
     if teacher_logits:
         teacher_logits = [_unit_columns(t) for t in teacher_logits]
@@ -197,7 +191,7 @@ def multi_exit_loss(
     logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *arguments: Any
 ) -> tuple[Any, ...]:
     *row_arguments, reduction, normalizer, pair_divergence, gradient = arguments
-    exits, rows, _ = _sizes(logits)
+    exits, rows, _ = reference.sizes(logits)
     dtype = reference.accumulation_dtype(logits[0].dtype)
     matrix = (exits, exits + len(teacher_logits)) if pair_divergence else (0,)
     outputs = (
@@ -218,7 +212,7 @@ def multi_exit_loss(
 
 def multi_exit_row_losses(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     dtype = reference.accumulation_dtype(logits[0].dtype)
-    outputs = tuple(torch.empty(_sizes(logits)[:2], dtype=dtype) for _ in range(2))
+    outputs = tuple(torch.empty(reference.sizes(logits)[:2], dtype=dtype) for _ in range(2))
     _call_loss("multi_exit_row_losses", ROWS, outputs, (), False, None, logits, *arguments)
     return outputs
 
@@ -247,7 +241,7 @@ def _softmax(
 ) -> list[Tensor]:
     inputs = [_unit_columns(z) for z in inputs]
     upstream = [_unit_columns(g) for g in upstream]
-    _, rows, classes = _sizes(inputs)
+    _, rows, classes = reference.sizes(inputs)
     outputs = [torch.empty(z.shape, dtype=z.dtype) for z in inputs]
     t = temperature.item()
     status = _kernels().softmax(
@@ -279,7 +273,7 @@ def multi_exit_softmax_backward(
 
 def exit_statistics(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
     logits = [_unit_columns(z) for z in logits]
-    exits, rows, classes = _sizes(logits)
+    exits, rows, classes = reference.sizes(logits)
     dtype = reference.accumulation_dtype(logits[0].dtype)
     dtypes = (dtype, dtype, torch.int64, dtype, dtype, dtype)
     outputs = tuple(torch.empty((exits, rows), dtype=d) for d in dtypes)

@@ -45,8 +45,7 @@ def exit_statistics(logits: Tensor | Sequence[Tensor]) -> ExitStatistics:
 
 
 def _fake_statistics(logits: Sequence[Tensor], executor: str) -> tuple[Tensor, ...]:
-    first = logits[0]
-    shape = (len(logits), first.shape[0]) if first.dim() == 2 else first.shape[:2]
+    first, shape = logits[0], reference.sizes(logits)[:2]
     dtype = reference.accumulation_dtype(first.dtype)
     dtypes = (dtype, dtype, torch.int64, dtype, dtype, dtype)
     return tuple(first.new_empty(shape, dtype=d) for d in dtypes)

@@ -290,11 +290,6 @@ def _pairs(
 # Registration ---------------------------------------------------------------------------------
 
 
-def _sizes(logits: Sequence[Tensor]) -> tuple[int, int]:
-    first = logits[0]
-    return (len(logits), first.shape[0]) if first.dim() == 2 else (first.shape[0], first.shape[1])
-
-
 def _gradient_like(logits: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
     """One contiguous tensor per logits tensor that wants a gradient."""
     return [z.new_empty(z.shape) for z, want in zip(logits, wanted, strict=False) if want]
@@ -302,7 +297,7 @@ def _gradient_like(logits: Sequence[Tensor], wanted: Sequence[bool]) -> list[Ten
 
 def _fake_loss(logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *rest: Any) -> Any:
     pair_divergence, gradient = rest[-3], rest[-2]
-    exits, rows = _sizes(logits)
+    exits, rows, _ = reference.sizes(logits)
     dtype = reference.accumulation_dtype(logits[0].dtype)
     new = logits[0].new_empty
     matrix = (exits, exits + len(teacher_logits)) if pair_divergence else (0,)
@@ -318,7 +313,7 @@ def _fake_loss(logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *rest
 
 
 def _fake_row_losses(logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *rest: Any) -> Any:
-    exits, rows = _sizes(logits)
+    exits, rows, _ = reference.sizes(logits)
     dtype = reference.accumulation_dtype(logits[0].dtype)
     return tuple(logits[0].new_empty((exits, rows), dtype=dtype) for _ in range(2))
 
