@@ -128,6 +128,9 @@ def test_learning_rate_rises_and_falls():
     assert rates[55] == pytest.approx(0.2)
     assert 0 < rates[99] < 0.001
     assert learning_rate(TrainConfig(schedule="constant", lr=0.4, warmup=0.0), 99, 100) == 0.4
+    steps = TrainConfig(schedule="multistep", lr=0.4, warmup=0.0)
+    rates = [learning_rate(steps, step, 100) for step in (0, 49, 50, 74, 75, 99)]
+    assert rates == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
 
 
 def test_only_matrices_decay(config):
