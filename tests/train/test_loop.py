@@ -234,6 +234,16 @@ def test_fewer_exits_are_the_deepest(config):
     assert costs[0][-1]["madds"] > costs[1][-1]["madds"] - branch_of_first
 
 
+@pytest.mark.parametrize("model", ["msdnet_tiny", "ranet_tiny"])
+def test_multi_scale_networks_train(config, model):
+    """Their features are tuples; width and exits are options of theirs too."""
+    report = fit(config(model=model, epochs=6, lr=0.05, width=6, exits=2))
+    assert [row["exit"] for row in report["exits"]] == [1, 2]
+    assert all(row["accuracy"] > 0.6 for row in report["exits"])  # chance is 0.25
+    costs = [row["madds"] for row in report["exits"]]
+    assert costs == sorted(costs)
+
+
 def test_threads_are_those_asked_for_and_given_back(config):
     before = torch.get_num_threads()
     dataset = data.load(config())
