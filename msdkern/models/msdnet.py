@@ -73,7 +73,7 @@ TABLE: dict[str, MSDNetConfig] = {
     "msdnet_anytime11": MSDNetConfig(exits=11, base=4, step=2),  # of the paper
     "msdnet_budgeted": MSDNetConfig(exits=5, base=1, step=1, step_mode="lin_grow"),
     "msdnet_budgeted7": MSDNetConfig(exits=7, base=1, step=1, step_mode="lin_grow"),  # Lua code
-    "msdnet_imagenet4": _IMAGENET,
+    "msdnet_imagenet4": _IMAGENET,  # base=7 puts exit i behind layer 4 * i + 3, as in the paper
     "msdnet_imagenet6": replace(_IMAGENET, base=6, step=6),
     "msdnet_imagenet7": replace(_IMAGENET, base=7, step=7),
     # Ours, to train without a GPU: images of 32x32 in an hour, of 8x8 in seconds.

@@ -37,6 +37,14 @@ SHAPES = {
             "block_step": 1,
         },
         {"scales": (1, 2, 3), "factors": (4, 2, 1), "bottlenecks": (4, 2, 1), "base": 3},
+        {  # a transition between two exits, in front of a finer sub-network
+            "scales": (1, 2, 2),
+            "factors": (2, 2, 1),
+            "bottlenecks": (2, 2, 1),
+            "base": 1,
+            "block_step": 3,
+            "step": 1,
+        },
         {"scales": (1,), "factors": (3,), "bottlenecks": (2,)},
     ],
 }
@@ -169,7 +177,7 @@ def test_rows_may_leave_between_stages(name):
 
 def test_nothing_travels_in_vain():
     """No tensor between two stages is there twice, and every one serves a later exit."""
-    network = tiny("ranet_tiny", scales=(1, 2, 2), factors=(2, 2, 1), bottlenecks=(2, 2, 1))
+    network = tiny("ranet_tiny", **SHAPES["ranet_tiny"][4])
     features = torch.randn(2, 3, 16, 16)
     for k, stage in enumerate(network.stages[:-1], start=1):
         features, _ = stage(features, [])
