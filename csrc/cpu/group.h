@@ -7,9 +7,10 @@
 
 namespace MSDKERN_NAMESPACE {
 
-// Arrays [samples][rows], rows being exits and external teachers.
+// Arrays with an entry per sample and row, rows being exits and external teachers.
 template <class Real>
 struct Group {
+    int sample_step, row_step;  // from entry to entry
     Real *maximum;
     Real *sum_t, *sum_one;                  // of the exponentials at T and at 1
     Real *log_t, *inverse_t, *gap, *slack;  // log and 1 / of sum_t; see below
@@ -17,12 +18,14 @@ struct Group {
     double *logs;
     int64_t *argmax;
 
+    int at(int sample, int row) const { return sample * sample_step + row * row_step; }
     static const int kArrays = 9;
     static size_t bytes(int64_t entries) {
         return size_t(entries) * (kArrays * sizeof(Real) + sizeof(double) + sizeof(int64_t));
     }
     // Lays the arrays out in `memory`, of bytes(entries) bytes and aligned for double.
-    Group(void *memory, int64_t entries) {
+    Group(void *memory, int64_t entries, int sample_step_, int row_step_)
+        : sample_step(sample_step_), row_step(row_step_) {
         logs = static_cast<double *>(memory);
         argmax = reinterpret_cast<int64_t *>(logs + entries);
         Real *at = reinterpret_cast<Real *>(argmax + entries);
@@ -41,14 +44,15 @@ struct Group {
 // slack[j] - slack[i] to sum_c q_j (l_j - l_i) + (q_i - q_j). gap is log S less the deepest exit's.
 template <class Real>
 static void normalize_at_t(const Group<Real> &g, int samples, int rows, int exits) {
-    const int entries = samples * rows;
+    const int entries = samples * rows;  // one after another, in whichever order
     for (int i = 0; i < entries; ++i) g.logs[i] = double(g.sum_t[i]);
     logarithms(g.logs, entries);
     for (int i = 0; i < entries; ++i) g.inverse_t[i] = 1 / g.sum_t[i];
     for (int i = 0; i < entries; ++i) g.log_t[i] = Real(g.logs[i]);
-    for (int first = 0; first < entries; first += rows) {
-        const double deepest = g.logs[first + exits - 1];
-        for (int i = first; i < first + rows; ++i) {
+    for (int n = 0; n < samples; ++n) {
+        const double deepest = g.logs[g.at(n, exits - 1)];
+        for (int r = 0; r < rows; ++r) {
+            const int i = g.at(n, r);
             const double gap = g.logs[i] - deepest;
             const double excess = double(g.inverse_t[i]) * double(g.sum_t[i]) - 1;
             g.gap[i] = Real(gap);

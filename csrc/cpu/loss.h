@@ -5,11 +5,11 @@
 #include "batch.h"
 #include "general.h"
 #include "group.h"
+#include "lanes.h"
+#include "targets.h"
 #include "weights.h"
 
 namespace MSDKERN_NAMESPACE {
-
-enum class Form { kScalar, kRows, kRowsBackward };
 
 // Up to this size exponentials are kept between the sweeps, beyond it they are recomputed.
 constexpr int64_t kRowSetBytes = 8 << 20;
@@ -24,34 +24,38 @@ template <class S>
 struct Loss {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
+    typedef Partial Partials;
     static const int W = kLanes<Real>;
+    static const Form kScalar = Form::kScalar;
 
     const msdkern_loss &call;
     const Form form;
+    const Targets<S> targets;
     const int exits, rows;
     const int64_t classes;
-    Real ce_factor, row_factor, scale;  // r of the two parts, and s
-    Real smoothing, inverse_t;
-    double sum_of_weights;  // of class_weight, for label smoothing
-    bool divergent, gradient, general, dense_target, stored;
+    Real row_factor, scale, inverse_t;  // r of the divergences, and s
+    bool divergent, gradient, general, stored;
     Powers power;
     int64_t stride, window, samples;  // samples: worked on together
     SweepFunction<Real> student;
+    SweepFunction<Real, V> lane_student;  // null where rows are worked on one by one
     TwoSweeps<Real> careful, two_sweeps;  // pair by pair, and what this call uses
 
     Loss(const msdkern_loss &c, Form f, const Normalizers &batch)
-        : call(c), form(f), exits(c.exits), rows(c.exits + c.teachers), classes(c.classes) {
+        : call(c),
+          form(f),
+          targets(c, f, batch),
+          exits(c.exits),
+          rows(c.exits + c.teachers),
+          classes(c.classes) {
         const double squared = c.temperature_squared ? c.temperature * c.temperature : 1;
-        ce_factor = Real(batch.r(c, batch.cross_entropy));
         row_factor = Real(batch.r(c, batch.rows));
         scale = Real(c.pair_scale * squared);
-        smoothing = Real(c.label_smoothing / double(c.classes));
         gradient = false;
         for (int k = 0; k < exits; ++k) gradient |= c.gradient[k] != nullptr;
         divergent = c.pairs != MSDKERN_PAIRS_NONE || c.pair_divergence;
         const bool direct = c.divergence == MSDKERN_FORWARD_KL || c.divergence == MSDKERN_SOFT_CE;
         general = !direct || !c.detach_teacher || c.pair_divergence;
-        dense_target = c.target || (c.label && c.label_smoothing != 0);
         power = divergent ? powers(c.temperature) : Powers::kOne;
         inverse_t = divergent ? Real(1 / c.temperature) : Real(1);
         stride = padded<Real>(classes);
@@ -63,23 +67,22 @@ struct Loss {
         const bool named = c.pairs == MSDKERN_PAIRS_MUTUAL || c.pairs == MSDKERN_PAIRS_DEEPER;
         if (named && !c.pair_divergence && c.divergence != MSDKERN_JSD)
             two_sweeps = find_named_sweeps<Real>(c.divergence);
-        student = !divergent ? cross_entropy_sweep<Real>
-                             : find_student_sweep<Real>(
-                                   c.pairs == MSDKERN_PAIRS_NONE ? MSDKERN_PAIRS_DENSE : c.pairs,
-                                   c.divergence == MSDKERN_SOFT_CE, gradient);
+        const int weights = c.pairs == MSDKERN_PAIRS_NONE ? MSDKERN_PAIRS_DENSE : c.pairs;
+        const bool soft = c.divergence == MSDKERN_SOFT_CE;
+        student = cross_entropy_sweep<Real, Real>;
+        if (divergent) student = find_student_sweep<Real>(weights, soft, gradient);
+        lane_student = nullptr;
+        if (!(divergent && general) && !targets.dense && !c.pair_weight_per_row &&
+            Lanes<S, Loss>::fit(rows, classes)) {
+            lane_student = cross_entropy_sweep<Real, V>;
+            if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
+            samples = 1;  // those that must go row by row
+        }
         if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits)
             if (const auto unrolled = find_unrolled<Real>(c.pairs, exits)) student = unrolled;
-        sum_of_weights = double(classes);
-        if (c.class_weight) {
-            sum_of_weights = 0;
-            for (int64_t i = 0; i < classes; ++i) sum_of_weights += double(class_weight(i));
-        }
     }
 
     int arrays() const { return power == Powers::kOne ? 2 : 3; }
-    Real class_weight(int64_t c) const {
-        return call.class_weight ? static_cast<const Real *>(call.class_weight)[c] : Real(1);
-    }
     const S *row_of(int r, int64_t n) const {
         return static_cast<const S *>(call.logits[r]) + n * call.stride[r];
     }
@@ -96,7 +99,7 @@ struct Loss {
     int64_t kept_sample() const { return rows * arrays() * kept_classes(); }
     int64_t matrix() const { return (exits * rows / 16 + 1) * 16; }
     int64_t converted() const { return kDirect ? 0 : exits * window; }
-    int64_t mass() const { return dense_target ? stride : 0; }
+    int64_t mass() const { return targets.dense ? stride : 0; }
     size_t scratch_reals() const {
         return size_t(samples * kept_sample() + converted() + mass() + 2 * matrix());
     }
@@ -112,41 +115,18 @@ struct Loss {
         Real *const kept = static_cast<Real *>(memory);
         Real *const gradients = kept + samples * kept_sample();
         Real *const u = gradients + converted(), *const weight = u + mass();
-        return {kept,   gradients,         u,
-                weight, weight + matrix(), Group<Real>(kept + scratch_reals(), samples * rows)};
+        return {kept,
+                gradients,
+                u,
+                weight,
+                weight + matrix(),
+                Group<Real>(kept + scratch_reals(), samples * rows, rows, 1)};
     }
     RowStore<Real> store_of(const Scratch &scratch, int sample, int r) const {
         Real *at = scratch.kept + sample * kept_sample() + r * arrays() * kept_classes();
         RowStore<Real> result = {at, at + kept_classes(), at + kept_classes()};
         if (arrays() == 3) result.one = at + 2 * kept_classes();
         return result;
-    }
-
-    // (1) u and its sum, for targets that put mass on many classes.
-    Real target_mass(Real *mass, int64_t n) const {
-        double total = 0;
-        if (call.label) {
-            for (int64_t c = 0; c < classes; ++c) mass[c] = smoothing * class_weight(c);
-            const Real on_label = Real(1 - call.label_smoothing) * class_weight(call.label[n]);
-            mass[call.label[n]] += on_label;
-            total = double(smoothing) * sum_of_weights + double(on_label);
-        } else {
-            const Real *y = real(call.target) + n * classes;
-            const Real keep = Real(1 - call.label_smoothing);
-            for (int64_t c = 0; c < classes; ++c) {
-                mass[c] = (y[c] * keep + smoothing) * class_weight(c);
-                total += double(mass[c]);
-            }
-        }
-        for (int64_t c = classes; c < stride; ++c) mass[c] = 0;
-        return Real(total);
-    }
-    Real dense_cross_entropy(const S *row, const Real *mass, Real m, Real log_one) const {
-        V total = V{};
-        for_vectors(row, classes, m, [&](int64_t c, V z) __attribute__((always_inline)) {
-            total += weigh(load(mass + c), log_one - (z - m));
-        });
-        return sum<Real>(total);
     }
 
     Top<Real> top_of(const S *row, const S *next) const {
@@ -156,7 +136,7 @@ struct Loss {
     // Maxima, exponentials and their sums of the rows of sample n.
     void softmaxes(int64_t n, int sample, const Scratch &scratch) const {
         const Group<Real> &g = scratch.group;
-        const int first = sample * rows;
+        const int first = g.at(sample, 0);
         for (int r = 0; r < rows; ++r) {
             const S *next = row_of(r, n + (n + 1 < call.rows));
             const Top<Real> top = top_of(row_of(r, n), next);
@@ -227,7 +207,7 @@ struct Loss {
             s.e[r] = kept.e + at;
             if (r < exits) s.one[r] = kept.one + at;
         }
-        s.mass = dense_target ? x.scratch.mass + begin : nullptr;
+        s.mass = targets.dense ? x.scratch.mass + begin : nullptr;
     }
     static Real *direct(Real *p) { return p; }
     template <class Other>
@@ -237,7 +217,7 @@ struct Loss {
     // The label's share is subtracted in Real, before rounding to the storage dtype.
     void flush(const Sample &x, int64_t begin, int64_t count) const {
         const Sweep<Real> &s = x.s;
-        const int64_t label = call.label && !dense_target ? call.label[x.n] - begin : -1;
+        const int64_t label = call.label && !targets.dense ? call.label[x.n] - begin : -1;
         for (int k = 0; k < exits; ++k) {
             if (!s.out[k]) continue;
             S *to = gradient_of(k, x.n) + begin;
@@ -248,7 +228,7 @@ struct Loss {
         }
     }
     void subtract_label(const Sample &x) const {
-        if (!kDirect || !call.label || dense_target) return;
+        if (!kDirect || !call.label || targets.dense) return;
         for (int k = 0; k < exits; ++k)
             if (call.gradient[k]) direct(gradient_of(k, x.n))[call.label[x.n]] -= x.s.mass_scale[k];
     }
@@ -257,8 +237,6 @@ struct Loss {
         for (int k = 0; k < exits; ++k)
             if (call.gradient[k]) memset(gradient_of(k, n), 0, size_t(classes) * sizeof(S));
     }
-    bool ignored(int64_t n) const { return call.label && call.label[n] == call.ignore_index; }
-
     // (1)-(7) for samples first to last, `samples` of them at most.
     void group(int64_t first, int64_t last, const Scratch &scratch, Sweep<Real> &s,
                Partial *partial) const {
@@ -267,9 +245,9 @@ struct Loss {
         if (divergent) normalize_at_t(scratch.group, count, rows, exits);
         normalize_at_one(scratch.group, count * rows);
         for (int i = 0; i < count; ++i) {
-            const Sample x = {first + i, i, i * rows, scratch, s};
-            if (form == Form::kScalar) predictions(x);
-            if (ignored(x.n))
+            const Sample x = {first + i, i, scratch.group.at(i, 0), scratch, s};
+            if (form == Form::kScalar) predictions(scratch.group, i, x.n);
+            if (targets.ignored(x.n))
                 leave_out(x.n);
             else
                 sample(x, partial);
@@ -284,32 +262,41 @@ struct Loss {
         s.slack = g.slack + x.first;
         aim(x, 0);
         Real ce[MSDKERN_MAX_EXITS];
-        cross_entropies(x, ce);
+        Real *const u = x.scratch.mass;
+        const Real total = targets.mass(x.n, u, stride);
+        for (int k = 0; k < exits; ++k) {
+            const auto c = targets.cross_entropy(g, x.first + k, k, x.n, total, u);
+            ce[k] = c.value;
+            s.p_scale[k] = c.p_scale;
+            s.mass_scale[k] = c.mass_scale;
+        }
         if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, x.scratch.weight, x.n);
         divergences_and_gradients(x);
-        if (partial) {
-            for (int k = 0; k < exits; ++k) {
-                partial->cross_entropy[k] += double(ce[k]);
-                partial->weighted_ce[k] += double(exit_weight(k, x.n) * ce[k]);
-                partial->divergence[k] += double(scale * s.value[k]);
-            }
-            if (s.matrix)
-                for (int i = 0; i < exits * rows; ++i) partial->matrix[i] += double(s.matrix[i]);
-        }
-        if (form == Form::kRows)
-            for (int k = 0; k < exits; ++k) {
-                real(call.row_cross_entropy)[k * call.rows + x.n] = exit_weight(k, x.n) * ce[k];
-                real(call.row_divergence)[k * call.rows + x.n] = scale * s.value[k];
-            }
+        record(x.n, ce, s.value, partial);
+        if (partial && s.matrix)
+            for (int i = 0; i < exits * rows; ++i) partial->matrix[i] += double(s.matrix[i]);
     }
-    void predictions(const Sample &x) const {
-        const Group<Real> &g = x.scratch.group;
+    // What sample n adds to the batch, or its rows of the outputs.
+    void record(int64_t n, const Real *ce, const Real *divergence, Partial *partial) const {
         for (int k = 0; k < exits; ++k) {
-            const Real confidence = g.inverse_one[x.first + k];
-            real(call.confidence)[k * call.rows + x.n] = confidence;
-            call.prediction[k * call.rows + x.n] = confidence == confidence
-                                                       ? g.argmax[x.first + k]
-                                                       : first_nan(row_of(k, x.n), classes);
+            const Real weighted = targets.exit_weight(k, n) * ce[k], d = scale * divergence[k];
+            if (partial) {
+                partial->cross_entropy[k] += double(ce[k]);
+                partial->weighted_ce[k] += double(weighted);
+                partial->divergence[k] += double(d);
+            } else if (form == Form::kRows) {
+                real(call.row_cross_entropy)[k * call.rows + n] = weighted;
+                real(call.row_divergence)[k * call.rows + n] = d;
+            }
+        }
+    }
+    void predictions(const Group<Real> &g, int index, int64_t n) const {
+        for (int k = 0; k < exits; ++k) {
+            const Real confidence = g.inverse_one[g.at(index, k)];
+            real(call.confidence)[k * call.rows + n] = confidence;
+            call.prediction[k * call.rows + n] = confidence == confidence
+                                                     ? g.argmax[g.at(index, k)]
+                                                     : first_nan(row_of(k, n), classes);
         }
     }
     void leave_out(int64_t n) const {
@@ -319,46 +306,18 @@ struct Loss {
             real(call.row_cross_entropy)[k * call.rows + n] =
                 real(call.row_divergence)[k * call.rows + n] = 0;
     }
-    Real exit_weight(int k, int64_t n) const {
-        if (!call.exit_weight) return 1;
-        return real(call.exit_weight)[call.exit_weight_per_row ? k * call.rows + n : k];
-    }
-    // CE_k[n] and the scales of its gradient.
-    void cross_entropies(const Sample &x, Real *ce) const {
-        Sweep<Real> &s = x.s;
-        const Group<Real> &g = x.scratch.group;
-        const bool labelled = call.label || call.target;
-        Real mass = 0;
-        if (dense_target)
-            mass = target_mass(x.scratch.mass, x.n);
-        else if (call.label)
-            mass = class_weight(call.label[x.n]);
-        for (int k = 0; k < exits; ++k) {
-            const S *row = row_of(k, x.n);
-            const Real m = g.maximum[x.first + k], log_one = g.log_one[x.first + k];
-            ce[k] = 0;
-            if (dense_target) {
-                ce[k] = dense_cross_entropy(row, x.scratch.mass, m, log_one);
-            } else if (call.label) {
-                const Real z = load_partial(row + call.label[x.n], 1, Real(0))[0];
-                ce[k] = mass * (log_one - (z - m));
-            }
-            Real upstream = ce_factor;
-            if (form == Form::kRowsBackward)
-                upstream = real(call.upstream_cross_entropy)[k * call.rows + x.n];
-            const Real a = labelled ? upstream * exit_weight(k, x.n) : Real(0);
-            s.p_scale[k] = a * mass * g.inverse_one[x.first + k];
-            s.mass_scale[k] = dense_target ? a : a * mass;
-        }
+    // s r of the divergence of student k.
+    Real divergence_scale(int k, int64_t n) const {
+        const Real upstream = form == Form::kRowsBackward
+                                  ? real(call.upstream_divergence)[k * call.rows + n]
+                                  : row_factor;
+        return upstream * scale;
     }
     void divergences_and_gradients(const Sample &x) const {
         Sweep<Real> &s = x.s;
-        for (int k = 0; k < exits; ++k) {
-            Real upstream = row_factor;
-            if (form == Form::kRowsBackward)
-                upstream = real(call.upstream_divergence)[k * call.rows + x.n];
-            s.pair_scale[k] = upstream * scale * (general ? Real(1) : s.share[k] * inverse_t);
-        }
+        for (int k = 0; k < exits; ++k)
+            s.pair_scale[k] =
+                divergence_scale(k, x.n) * (general ? Real(1) : s.share[k] * inverse_t);
         clear(s);
         if (!divergent && !gradient) return;
         if (divergent && general) {
@@ -390,8 +349,20 @@ struct Loss {
         return false;
     }
 
+    void by_lanes(int64_t first, int64_t last, void *memory, const Scratch &scratch, Sweep<Real> &s,
+                  Partial *partial) const {
+        Lanes<S, Loss> lanes(*this, memory, scratch.weight);
+        for (int64_t n = first; n < last; n += W) {
+            unsigned left = lanes.group(n, least(last, n + W), partial);
+            for (; left; left &= left - 1) {
+                const int64_t row = n + __builtin_ctz(left);
+                group(row, row + 1, scratch, s, partial);
+            }
+        }
+    }
     void block(int64_t first, int64_t last, Partial *partial) const {
-        void *memory = arena().take(scratch_bytes());
+        const size_t mine = (scratch_bytes() + 63) / 64 * 64;
+        void *memory = arena().take(mine + (lane_student ? Lanes<S, Loss>::bytes(*this) : 0));
         if (!memory) {
             __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
             return;
@@ -407,8 +378,11 @@ struct Loss {
         sweep.detach = call.detach_teacher != 0;
         sweep.beta = Real(call.beta);
         pair_weights(call, sweep, s.weight);
-        for (int64_t n = first; n < last; n += samples)
-            group(n, least(last, n + samples), s, sweep, partial);
+        if (lane_student)
+            by_lanes(first, last, static_cast<char *>(memory) + mine, s, sweep, partial);
+        else
+            for (int64_t n = first; n < last; n += samples)
+                group(n, least(last, n + samples), s, sweep, partial);
         arena().trim();
     }
     mutable int failed = 0;

@@ -232,16 +232,25 @@ struct RowStore {
     RowStore operator+(int64_t classes) const { return {x + classes, e + classes, one + classes}; }
 };
 
-template <class Real>
+template <class Num>
 struct RowSums {
-    Real at_t, at_one;  // sums of exponentials
+    Num at_t, at_one;  // sums of exponentials
 };
+
+// What a sum over vectors of classes comes to for each sample: a number; or the vector itself,
+// where the lanes are samples.
+INLINE float per_sample(VecF v, float) { return sum<float>(v); }
+INLINE double per_sample(VecD v, double) { return sum<double>(v); }
+template <class V>
+INLINE V per_sample(V v, V) {
+    return v;
+}
 
 // One sweep over a row: exponentials stored where asked for, their sums returned. The padding up
 // to a whole vector is x = 0 and e = 0, so that it adds nothing anywhere.
-template <Powers P, bool Store, class S, class Real>
-INLINE RowSums<Real> exponentials(const S *row, int64_t classes, Real m, Real inverse_t,
-                                  RowStore<Real> out) {
+template <Powers P, bool Store, class S, class Num, class Real>
+INLINE RowSums<Num> exponentials(const S *row, int64_t classes, Num m, Real inverse_t,
+                                 RowStore<Real> out) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
     V t0 = V{}, t1 = V{}, o0 = V{}, o1 = V{};
@@ -270,17 +279,18 @@ INLINE RowSums<Real> exponentials(const S *row, int64_t classes, Real m, Real in
     if (c < classes) {
         const int n = int(classes - c);
         one(c, load_partial(row + c, n, Real(-__builtin_inf())), t1, o1);
-        if (Store) store(out.x + c, (load_partial(row + c, n, m) - m) * inverse_t);
+        const V x = (load_partial(row + c, n, Real(0)) - m) * inverse_t;
+        if (Store) store(out.x + c, first_lanes<Real>(n) ? x : V{});
     }
-    RowSums<Real> sums;
-    sums.at_t = sum<Real>(t0 + t1);
-    sums.at_one = P == Powers::kOne ? sums.at_t : sum<Real>(o0 + o1);
+    RowSums<Num> sums;
+    sums.at_t = per_sample(t0 + t1, Num());
+    sums.at_one = P == Powers::kOne ? sums.at_t : per_sample(o0 + o1, Num());
     return sums;
 }
 
-template <bool Store, class S, class Real>
-static RowSums<Real> exponentials(Powers p, const S *row, int64_t classes, Real m, Real inverse_t,
-                                  RowStore<Real> out) {
+template <bool Store, class S, class Num, class Real>
+static RowSums<Num> exponentials(Powers p, const S *row, int64_t classes, Num m, Real inverse_t,
+                                 RowStore<Real> out) {
     switch (p) {
         case Powers::kOne:
             return exponentials<Powers::kOne, Store>(row, classes, m, inverse_t, out);

@@ -272,6 +272,40 @@ INLINE Real largest(VecOf<Real> v) {
     return reduce(v, Largest());
 }
 
+// Transposition of as many vectors as they have lanes. ----------------------------------------
+
+// a0 b0 a1 b1 ..., by halves.
+template <class V>
+INLINE void interleave(V a, V b, V &low, V &high) {
+    constexpr int n = int(sizeof(V) / sizeof(a[0]));
+    if constexpr (n == 2) {
+        low = __builtin_shufflevector(a, b, 0, 2);
+        high = __builtin_shufflevector(a, b, 1, 3);
+    } else if constexpr (n == 4) {
+        low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+        high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    } else if constexpr (n == 8) {
+        low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+        high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    } else {
+        low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                       15, 31);
+    }
+}
+
+// The rows v[0], v[1], ... become columns: log2(n) perfect shuffles.
+template <class Real>
+INLINE void transpose(VecOf<Real> *v) {
+    constexpr int n = kLanes<Real>;
+    for (int done = 1; done < n; done *= 2) {
+        VecOf<Real> shuffled[n];
+        for (int i = 0; i < n / 2; ++i)
+            interleave(v[i], v[i + n / 2], shuffled[2 * i], shuffled[2 * i + 1]);
+        for (int i = 0; i < n; ++i) v[i] = shuffled[i];
+    }
+}
+
 // The lanes for which a comparison holds, as bits.
 INLINE unsigned lanes_of(IntF hit) {
 #if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)

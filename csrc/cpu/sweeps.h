@@ -11,10 +11,11 @@ namespace MSDKERN_NAMESPACE {
 // Vectors of classes worked on at once: what is read per exit serves all of them.
 constexpr int kTile = 3;
 
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
-// One sample, seen through a window of its classes.
-template <class Real>
+// One sample, seen through a window of its classes. Num is what is constant along a row: a number;
+// or a vector of them where the lanes are samples and each class is a vector (lanes.h).
+template <class Real, class Num = Real>
 struct Sweep {
     int exits, rows, pairs;  // rows: exits and external teachers
     // Window: (z - m) / T, its exponential, and the exponential at T = 1.
@@ -23,44 +24,45 @@ struct Sweep {
     Real *out[MSDKERN_MAX_EXITS];  // gradient, or null
     // Whole row: l = x - log_t, q = e inverse_t; log_t less the deepest exit's, and what rounding
     // does to a row's divergences (group.h).
-    const Real *log_t, *inverse_t, *gap, *slack;
+    const Num *log_t, *inverse_t, *gap, *slack;
     // Gradient of the cross entropy: p_scale * one - mass_scale * u.
-    Real p_scale[MSDKERN_MAX_EXITS], mass_scale[MSDKERN_MAX_EXITS];
+    Num p_scale[MSDKERN_MAX_EXITS], mass_scale[MSDKERN_MAX_EXITS];
     // Divergence of student i: share[i] times a sum over teachers whose weights sum to n[i].
     Real share[MSDKERN_MAX_EXITS], n[MSDKERN_MAX_EXITS];
-    Real pair_scale[MSDKERN_MAX_EXITS];  // dL/dD_i
+    Num pair_scale[MSDKERN_MAX_EXITS];  // dL/dD_i
     Real inverse_temperature;
     const Real *weight;  // W[exits][rows], share included
-    Real value[MSDKERN_MAX_EXITS];
+    Num value[MSDKERN_MAX_EXITS];
     Real *matrix;  // D[exits][rows], or null
     bool detach;
     Real beta;
-    Real total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
+    Num total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
 };
 
 // q of row r at offset c, and d = l less the l of another row, the reference. The difference of x
 // is formed first: it is exact, or nearly, where exits agree.
-template <class Real, class V>
-INLINE V probability(const Sweep<Real> &s, int r, int64_t c) {
+template <class Real, class V, class Num>
+INLINE V probability(const Sweep<Real, Num> &s, int r, int64_t c) {
     return load(s.e[r] + c) * s.inverse_t[r];
 }
-template <class Real, class V>
-INLINE V relative_log(const Sweep<Real> &s, int r, int64_t c, V reference_x, Real gap) {
+template <class Real, class V, class Num>
+INLINE V relative_log(const Sweep<Real, Num> &s, int r, int64_t c, V reference_x, Real gap) {
     return (load(s.x[r] + c) - reference_x) - gap;
 }
 
 // Takes what rounding does to the divergences out of them (group.h). W holds the weights, share
 // included.
-template <class Real>
-static void correct_values(Sweep<Real> &s, int divergence) {
+template <class Real, class Num>
+static void correct_values(Sweep<Real, Num> &s, int divergence) {
     if (divergence != MSDKERN_FORWARD_KL && divergence != MSDKERN_REVERSE_KL) return;
     const Real sign = divergence == MSDKERN_FORWARD_KL ? Real(1) : Real(-1);
     for (int i = 0; i < s.exits; ++i)
         for (int j = 0; j < s.rows; ++j) {
-            const Real error = sign * (s.slack[j] - s.slack[i]);
+            const Num error = sign * (s.slack[j] - s.slack[i]);
             const Real w = s.weight[i * s.rows + j];
             if (w != 0) s.value[i] -= w * error;  // a teacher without weight may hold NaN
-            if (s.matrix) s.matrix[i * s.rows + j] -= error;
+            if constexpr (sizeof(Num) == sizeof(Real))
+                if (s.matrix) s.matrix[i * s.rows + j] -= error;
         }
 }
 
@@ -70,14 +72,16 @@ template <class Real, int NV, int K>
 struct Tile {
     typedef VecOf<Real> V;
     V q[K ? K : MSDKERN_MAX_ROWS][NV], x[K ? K : MSDKERN_MAX_ROWS][NV];
-    INLINE_MEMBER void read(const Sweep<Real> &s, int rows, int64_t c) {
+    template <class Num>
+    INLINE_MEMBER void read(const Sweep<Real, Num> &s, int rows, int64_t c) {
         UNROLL for (int r = 0; r < rows; ++r) for (int v = 0; v < NV; ++v) {
             q[r][v] = probability<Real, V>(s, r, c + v * kLanes<Real>);
             x[r][v] = load(s.x[r] + c + v * kLanes<Real>);
         }
     }
     // d of row r less row j's: 0 where they agree, and nearly exact where they almost do.
-    INLINE_MEMBER V distance(int r, int j, int v, Real gap) const {
+    template <class Num>
+    INLINE_MEMBER V distance(int r, int j, int v, Num gap) const {
         return (x[r][v] - x[j][v]) - gap;
     }
 };
@@ -95,12 +99,12 @@ struct Mixture {
     INLINE_MEMBER void clear() {
         for (int v = 0; v < NV; ++v) mass[v] = moment[v] = V{};
     }
-    template <class T>
-    INLINE_MEMBER void begin(const Sweep<Real> &, const T &, int) {
+    template <class Sweep, class T>
+    INLINE_MEMBER void begin(const Sweep &, const T &, int) {
         clear();
     }
-    template <class T>
-    INLINE_MEMBER void select(const Sweep<Real> &, const T &, int, int) {}
+    template <class Sweep, class T>
+    INLINE_MEMBER void select(const Sweep &, const T &, int, int) {}
     INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, mass[v]); }
     INLINE_MEMBER V value(int v, V gradient, V d) const {
         return forward_kl_value(gradient, d, mass[v], moment[v]);
@@ -119,8 +123,8 @@ struct Mutual : Mixture<Real, NV> {
     INLINE_MEMBER V gradient(int v, V q, V n) const {
         return forward_kl_gradient(q - deepest[v], n, excess[v]);
     }
-    template <class T>
-    INLINE_MEMBER void begin(const Sweep<Real> &s, const T &tile, int exits) {
+    template <class Sweep, class T>
+    INLINE_MEMBER void begin(const Sweep &s, const T &tile, int exits) {
         const int last = exits - 1;
         for (int v = 0; v < NV; ++v) {
             deepest[v] = tile.q[last][v];
@@ -170,12 +174,13 @@ template <class Real, int NV>
 struct Dense : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kAllRows = true;
-    template <class T>
-    INLINE_MEMBER void select(const Sweep<Real> &s, const T &tile, int rows, int i) {
+    template <class Sweep, class T>
+    INLINE_MEMBER void select(const Sweep &s, const T &tile, int rows, int i) {
         this->clear();
         UNROLL for (int r = 0; r < rows; ++r) {
-            const Real w = s.weight[i * rows + r], gap = s.gap[r] - s.gap[i];
+            const Real w = s.weight[i * rows + r];
             if (w == 0) continue;
+            const auto gap = s.gap[r] - s.gap[i];
             for (int v = 0; v < NV; ++v) {
                 const V share = tile.q[r][v] * w;
                 this->mass[v] += share;
@@ -197,8 +202,10 @@ INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
 // teachers, and the whole gradient. One sweep, O(K) but for Dense.
-template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradient, int NV, int K>
-INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, int partial = 0) {
+template <template <class, int> class Mixer, bool kSoft, bool kGradient, int NV, int K, class Real,
+          class Num>
+INLINE void student_tile(const Sweep<Real, Num> &s, int64_t c, VecOf<Real> *value,
+                         int partial = 0) {
     typedef VecOf<Real> V;
     typedef Mixer<Real, NV> M;
     const int W = kLanes<Real>, exits = K ? K : s.exits, rows = K ? K : s.rows;
@@ -210,7 +217,7 @@ INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, in
         mixer.select(s, tile, rows, i);
         const V n = splat(s.n[i]);
         const int reference = M::kChain && i + 1 < exits ? i + 1 : exits - 1;
-        const Real gap_i = s.gap[i] - s.gap[reference];
+        const Num gap_i = s.gap[i] - s.gap[reference];
         Real *const out = kGradient ? s.out[i] : nullptr;
         V total = V{};
         for (int v = 0; v < NV; ++v) {
@@ -233,8 +240,9 @@ INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, in
     }
 }
 
-template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradient, int K>
-static void student_sweep(Sweep<Real> &s, int64_t classes) {
+template <class Real, class Num, template <class, int> class Mixer, bool kSoft, bool kGradient,
+          int K>
+static void student_sweep(Sweep<Real, Num> &s, int64_t classes) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>, NV = K ? 1 : kTile;
     V value[K ? K : MSDKERN_MAX_EXITS];
@@ -242,26 +250,27 @@ static void student_sweep(Sweep<Real> &s, int64_t classes) {
     for (int i = 0; i < exits; ++i) value[i] = V{};
     int64_t c = 0;
     for (; c + NV * W <= classes; c += NV * W)
-        student_tile<Real, Mixer, kSoft, kGradient, NV, K>(s, c, value);
-    for (; c + W <= classes; c += W) student_tile<Real, Mixer, kSoft, kGradient, 1, K>(s, c, value);
-    if (c < classes)
-        student_tile<Real, Mixer, kSoft, kGradient, 1, K>(s, c, value, int(classes - c));
-    for (int i = 0; i < exits; ++i) s.value[i] += s.share[i] * sum<Real>(value[i]);
+        student_tile<Mixer, kSoft, kGradient, NV, K>(s, c, value);
+    for (; c + W <= classes; c += W) student_tile<Mixer, kSoft, kGradient, 1, K>(s, c, value);
+    if (c < classes) student_tile<Mixer, kSoft, kGradient, 1, K>(s, c, value, int(classes - c));
+    for (int i = 0; i < exits; ++i) s.value[i] += s.share[i] * per_sample(value[i], Num());
 }
 
-template <class Real>
-using SweepFunction = void (*)(Sweep<Real> &, int64_t);
+template <class Real, class Num = Real>
+using SweepFunction = void (*)(Sweep<Real, Num> &, int64_t);
 
 // [pairs][soft][gradient], any number of exits.
-template <class Real>
-static SweepFunction<Real> find_student_sweep(int pairs, bool soft, bool gradient) {
-#define ROW(M)                                                                               \
-    {                                                                                        \
-        {student_sweep<Real, M, false, false, 0>, student_sweep<Real, M, false, true, 0>},   \
-            {student_sweep<Real, M, true, false, 0>, student_sweep<Real, M, true, true, 0>}, \
+template <class Real, class Num = Real>
+static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gradient) {
+#define ROW(M)                                            \
+    {                                                     \
+        {student_sweep<Real, Num, M, false, false, 0>,    \
+         student_sweep<Real, Num, M, false, true, 0>},    \
+            {student_sweep<Real, Num, M, true, false, 0>, \
+             student_sweep<Real, Num, M, true, true, 0>}, \
     }
-    static const SweepFunction<Real> table[5][2][2] = {ROW(Mutual), ROW(Last), ROW(Deeper),
-                                                       ROW(Next), ROW(Dense)};
+    static const SweepFunction<Real, Num> table[5][2][2] = {ROW(Mutual), ROW(Last), ROW(Deeper),
+                                                            ROW(Next), ROW(Dense)};
 #undef ROW
     return table[pairs - MSDKERN_PAIRS_MUTUAL][soft][gradient];
 }
@@ -275,7 +284,7 @@ static SweepFunction<Real> find_unrolled(int, int) {
 template <>
 SweepFunction<float> find_unrolled<float>(int pairs, int exits) {
     constexpr int kMost = 8;
-#define ONE(M, K) student_sweep<float, M, false, true, K>
+#define ONE(M, K) student_sweep<float, float, M, false, true, K>
 #define ROW(M)                                                                          \
     {                                                                                   \
         ONE(M, 2), ONE(M, 3), ONE(M, 4), ONE(M, 5), ONE(M, 6), ONE(M, 7), ONE(M, kMost) \
@@ -290,8 +299,8 @@ SweepFunction<float> find_unrolled<float>(int pairs, int exits) {
 }
 
 // (6) Cross entropy alone.
-template <class Real>
-static void cross_entropy_sweep(Sweep<Real> &s, int64_t classes) {
+template <class Real, class Num>
+static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
     const int W = kLanes<Real>;
     for (int i = 0; i < s.exits; ++i) {
         if (!s.out[i]) continue;

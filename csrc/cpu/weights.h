@@ -26,8 +26,8 @@ static Real named_weight(int pairs, int exits, int i, int j) {
 
 // Named weights: `matrix` gets W, share included. Mutual sums count the student's own share, which
 // adds nothing to a divergence, so that one sum serves all students.
-template <class Real>
-static void pair_weights(const msdkern_loss &call, Sweep<Real> &s, Real *matrix) {
+template <class Real, class Num>
+static void pair_weights(const msdkern_loss &call, Sweep<Real, Num> &s, Real *matrix) {
     for (int i = 0; i < s.exits; ++i) {
         Real total = 0, largest = 0;
         for (int j = 0; j < s.rows; ++j) {
@@ -42,8 +42,8 @@ static void pair_weights(const msdkern_loss &call, Sweep<Real> &s, Real *matrix)
 }
 
 // Sample n's matrix of arbitrary weights.
-template <class Real>
-static void dense_weights(const msdkern_loss &call, Sweep<Real> &s, Real *matrix, int64_t n) {
+template <class Real, class Num>
+static void dense_weights(const msdkern_loss &call, Sweep<Real, Num> &s, Real *matrix, int64_t n) {
     const Real *given = static_cast<const Real *>(call.pair_weight);
     for (int i = 0; i < s.exits; ++i) {
         s.share[i] = 1;

@@ -310,7 +310,10 @@ LOSSES = [
     {"t": 0.5, "detach": False, "target": "probabilities", "smoothing": 0.2, "class_weight": True},
     {"matrix": True, "masked": True, "pair_rows": True, "ignored": False},
 ]
-SIZES = [(2, 3, 1), (1, 2, 2), (3, 4, 5), (2, 3, 8), (4, 2, 17), (2, 1, 31), (3, 0, 4), (2, 3, 67)]
+SIZES = [
+    (2, 3, 1), (1, 2, 2), (3, 19, 5), (2, 3, 8), (4, 2, 17), (2, 1, 31), (3, 0, 4), (2, 3, 67),
+    (2, 35, 9),
+]  # fmt: skip
 
 
 def losses():

@@ -155,6 +155,26 @@ def test_many_classes(shape, chosen, dtype):
     check_rows(make_case(PLAIN | chosen | {"dtype": dtype}, shape), SERVERS)
 
 
+# With few classes the lanes of a vector are samples: full vectors, remainders, several blocks.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"pairs": "mutual"},
+        {"pairs": "mutual", "kind": "masked_some", "class_weight": True, "exit_weight": 2},
+        {"pairs": "matrix", "teachers": 1, "temperature": 2.5},
+        {"pairs": "deeper", "divergence": "soft_ce", "layout": "slice"},
+        {"pairs": "last", "normalizer": 5.0, "temperature": 2.0},
+        {"pairs": None},
+    ],
+    ids=lambda chosen: "-".join(str(v) for v in chosen.values()),
+)
+@pytest.mark.parametrize("shape", [(3, 37, 10), (2, 611, 17), (5, 33, 64)], ids=str)
+def test_many_rows(shape, chosen, dtype):
+    check_loss(make_case(PLAIN | chosen | {"dtype": dtype}, shape), SERVERS)
+    check_rows(make_case(PLAIN | chosen | {"dtype": dtype}, shape), SERVERS)
+
+
 @pytest.mark.parametrize("exits", range(1, 33))
 def test_every_number_of_exits(exits):
     pairs = ("mutual", "deeper", "matrix", "next", "last")[exits % 5]
@@ -166,12 +186,13 @@ def test_the_most_exits_and_teachers():
 
 
 @pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize(("classes", "closer"), [(40, 3.0), (1000, 10.0)])
 @pytest.mark.parametrize("pairs", ["mutual", "last", "matrix"])
-def test_near_identical_exits_keep_their_digits(pairs, server):
-    """At KL of about 5e-6, float32: at least ten times closer to the truth than F.kl_div."""
+def test_near_identical_exits_keep_their_digits(pairs, classes, closer, server):
+    """At KL of about 5e-6, float32: several times closer to the truth than F.kl_div."""
     g = generator(0)
-    base = 2.0 * torch.randn(64, 1000, generator=g)
-    z = [base + 2.3e-3 * torch.randn(64, 1000, generator=g) for _ in range(3)]
+    base = 2.0 * torch.randn(64, classes, generator=g)
+    z = [base + 2.3e-3 * torch.randn(64, classes, generator=g) for _ in range(3)]
     weight = torch.ones(3, 3) - torch.eye(3) if pairs == "matrix" else pairs
     problem = oracle.Problem(z, {"pair_weight": weight})
     with serve(server):
@@ -180,4 +201,4 @@ def test_near_identical_exits_keep_their_digits(pairs, server):
     seen = truth.sum(1) > 0
     errors = [((x - truth)[seen] / truth[seen]).square().mean().sqrt() for x in (ours, peer)]
     assert 2e-6 < truth[seen].mean() < 2e-5
-    assert errors[0] * 10.0 <= errors[1], errors
+    assert errors[0] * closer <= errors[1], errors
