@@ -136,17 +136,23 @@ INLINE int64_t first_class(const S *row, int64_t classes, Test test) {
     return classes;
 }
 
+// Whether the row has a NaN, and where the first one is.
+template <class S>
+INLINE bool first_nan(const S *row, int64_t classes, int64_t &at) {
+    typedef VecOf<typename Kind<S>::Real> V;
+    const int64_t c =
+        first_class(row, classes, [](V z) __attribute__((always_inline)) { return z != z; });
+    if (c < classes) at = c;
+    return c < classes;
+}
+
 // The lowest index of the maximum m, or of the first NaN where there is one, as torch.argmax.
 template <class S, class Real>
 static int64_t row_argmax(const S *row, int64_t classes, Real m, bool may_have_nan) {
     typedef VecOf<Real> V;
-    if (may_have_nan) {
-        const int64_t c =
-            first_class(row, classes, [](V z) __attribute__((always_inline)) { return z != z; });
-        if (c < classes) return c;
-    }
-    const int64_t c =
-        first_class(row, classes, [m](V z) __attribute__((always_inline)) { return z == m; });
+    int64_t c = 0;
+    if (may_have_nan && first_nan(row, classes, c)) return c;
+    c = first_class(row, classes, [m](V z) __attribute__((always_inline)) { return z == m; });
     return c < classes ? c : 0;  // -inf in every class: padding may answer first
 }
 
