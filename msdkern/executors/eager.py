@@ -245,7 +245,9 @@ def exit_gate(
         columns.append(previous)
         fired.append(reference.fires(previous[1], _per_exit(threshold, k, z), measure))
     index = reference.first_fire(torch.stack(fired))
-    prediction, found = (torch.stack(c).gather(0, index[None])[0] for c in zip(*columns, strict=True))
+    prediction, found = (
+        torch.stack(c).gather(0, index[None])[0] for c in zip(*columns, strict=True)
+    )
     return index, prediction, found
 
 

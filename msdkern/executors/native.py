@@ -329,7 +329,9 @@ def _gate(
         [o.data_ptr() for o in outputs],
     )
     if status == 2:
-        raise ValueError(f"{op}: temperature must be positive and finite; got {temperature.tolist()}")
+        raise ValueError(
+            f"{op}: temperature must be positive and finite; got {temperature.tolist()}"
+        )
     if status == 6:
         raise ValueError(f"{op}: threshold must not be NaN; got {threshold.tolist()}")
     if status == 4:

@@ -130,10 +130,10 @@ def per_exit(op: str, name: str, value: Any, exits: int | None, like: Tensor) ->
 
     Numbers are checked here, tensors by the executors.
     """
-    if isinstance(value, Tensor) and value.dim() == 0 or isinstance(value, NUMBERS):
+    if (isinstance(value, Tensor) and value.dim() == 0) or isinstance(value, NUMBERS):
         if isinstance(value, NUMBERS) and isinstance(value, (int, float)):
             _number(op, name, value)
-        return scalar(op, name, value, like)
+        return scalar(op, name, value, like)  # type: ignore[arg-type]
     rule = f"{name} must be a number" + (f" or {exits} numbers, one per exit" if exits else "")
     if exits is None or not isinstance(value, (Tensor, list, tuple)):
         fail(op, rule, value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of many tensors at once: `compact_rows` gathers those that stay, `scatter_rows` puts back."""
+"""Rows of many tensors: `compact_rows` gathers those that stay, `scatter_rows` puts them back."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _split(op: str, count: Any, rows: Tensor) -> tuple[int, Tensor | None]:
         checks.fail(op, "count must be a number or a 0-d int64 tensor", count, TypeError)
     if isinstance(count, int) and not 0 <= count <= longest:
         checks.fail(op, f"count must be between 0 and {longest}", count)
-    return count, None
+    return count, None  # type: ignore[return-value]
 
 
 def _alike(op: str, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

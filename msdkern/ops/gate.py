@@ -53,7 +53,7 @@ class ExitDecision(NamedTuple):
 
 
 class GateStep(NamedTuple):
-    """One exit's answers [N], the order `stay` [N] of the rows, and `count` (0-d) of those that stay.
+    """One exit's answers [N], the order `stay` [N] of the rows, and the `count` that stays.
 
     ``stay[:count]`` are the rows that stay and ``stay[count:]`` the others, both in order.
     """
@@ -61,7 +61,7 @@ class GateStep(NamedTuple):
     prediction: Tensor
     score: Tensor
     stay: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
 
 
 def exit_gate(
@@ -219,9 +219,7 @@ def _fake_statistics(logits: Sequence[Tensor], executor: str) -> tuple[Tensor, .
 library.register("exit_statistics", _fake_statistics)
 
 
-def _fake_gate(
-    logits: Sequence[Tensor], *arguments: Any
-) -> tuple[Tensor, ...]:
+def _fake_gate(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
     first, rows = logits[0], reference.sizes(logits)[1]
     real = reference.accumulation_dtype(first.dtype)
     return tuple(first.new_empty(rows, dtype=d) for d in (torch.int64, torch.int64, real))

@@ -90,7 +90,10 @@ def test_an_op_that_an_executor_lacks_is_served_by_the_next(monkeypatch):
     try:
         assert executors.select("gate_step", "cpu") == "eager"
         assert msdkern.gate_step(torch.zeros(2, 3), 0.5).count == 2
-        with msdkern.executor("cpu"), pytest.raises(RuntimeError, match="serve gate_step$|not there"):
+        with (
+            msdkern.executor("cpu"),
+            pytest.raises(RuntimeError, match="cannot serve; "),
+        ):
             msdkern.gate_step(torch.zeros(2, 3), 0.5)
     finally:
         executors._decide.cache_clear()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`exit_gate` and `gate_step` on every executor: scores against float64, decisions by definition."""
+"""`exit_gate` and `gate_step` on every executor: scores in float64, decisions by definition."""
+
+import math
 
 import hypothesis
 import pytest
@@ -38,7 +40,7 @@ def definition(z, temperature, measure):
         "confidence": lambda: top[:, 0],
         "margin": lambda: top[:, 0] - top[:, 1] if classes > 1 else top[:, 0],
         "entropy": lambda: entropy,
-        "normalized_entropy": lambda: entropy / torch.tensor(classes).log() if classes > 1 else entropy,
+        "normalized_entropy": lambda: entropy / math.log(classes) if classes > 1 else entropy,
         "max_logit": lambda: z.max(-1).values,
     }[measure]()  # fmt: skip
 
@@ -50,7 +52,7 @@ def decide(scores, threshold, measure):
     for row in scores.t().tolist():
         limits = zip(row, threshold.tolist(), strict=True)
         fired = [s <= t if low else s >= t for s, t in limits]
-        index.append((fired[:-1] + [True]).index(True))
+        index.append([*fired[:-1], True].index(True))
     return torch.tensor(index, dtype=torch.int64)
 
 
@@ -247,7 +249,7 @@ def test_a_threshold_is_compared_in_the_dtype_of_the_score(server):
     """As PyTorch compares a float32 tensor with a number: 0.9 is the float32 next to it."""
     score = torch.tensor([0.9, 0.3, 0.1], dtype=torch.float32)
     with serve(server):
-        for s in score.tolist() + [0.9, 0.3, 0.1]:
+        for s in [*score.tolist(), 0.9, 0.3, 0.1]:
             out = msdkern.gate_step(torch.zeros(3, 2), s, "score", score=score)
             assert torch.equal(out.stay[int(out.count) :], (score >= s).nonzero()[:, 0])
 
