@@ -237,6 +237,17 @@ def exit_gate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_threshold("exit_gate", threshold)
     _check_positive("exit_gate", "temperature", temperature)
+    return unchecked_exit_gate(logits, threshold, measure, temperature, score)
+
+
+def unchecked_exit_gate(
+    logits: Sequence[Tensor],
+    threshold: Tensor,
+    measure: str,
+    temperature: Tensor,
+    score: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas alone, which can be traced: what an exported program holds."""
     previous: Any = (None, None)
     columns, fired = [], []
     for k, z in enumerate(_unstack(logits)):
@@ -263,6 +274,21 @@ def gate_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_threshold("gate_step", threshold)
     _check_positive("gate_step", "temperature", temperature)
+    given = (score, previous_prediction, previous_score, live)
+    return unchecked_gate_step(logits, threshold, measure, temperature, *given)
+
+
+def unchecked_gate_step(
+    logits: Tensor,
+    threshold: Tensor,
+    measure: str,
+    temperature: Tensor,
+    score: Tensor | None,
+    previous_prediction: Tensor | None,
+    previous_score: Tensor | None,
+    live: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The formulas alone, which can be traced."""
     previous: Any = (previous_prediction, previous_score)
     t = _per_exit(temperature, 0, logits)
     prediction, found = _score(logits, measure, t, score, previous)

@@ -20,10 +20,7 @@ class Lookup(nn.Module):
         self.seen.append(len(x))
         assert all(len(z) == len(x) for z in logits), "logits travel with their rows"
         for j, z in enumerate(logits):
-            assert torch.equal(
-                z,
-                self.others[j][x],
-            ), "logits travel in order"
+            torch.testing.assert_close(z, self.others[j][x], rtol=0, atol=0, equal_nan=True)
         image = torch.zeros(len(x), 2, 3, 3).to(memory_format=torch.channels_last)
         state = {"rows": (x, x.float()[:, None]), "image": [image], "level": self.k}
         return (state if self.nested else x), [*logits, self.table[x]]
