@@ -98,16 +98,14 @@ _READ = (
     Case("imagenet_statistics", 7, 256, 1000, family="statistics", formulations=PER_EXIT),
     Case("wide_statistics", 4, 128, 32000, family="statistics", formulations=PER_EXIT),
     *(
-        Case(
-            name, 1, *shape, **kind, pair="none", temperature=1.0, family="gate", formulations=GATES
-        )
-        for name, shape, kind in (
-            ("tiny_gate", (8, 10), {}),
-            ("cifar10_gate", (256, 10), {}),
-            ("cifar100_gate", (8192, 100), {"quick": True}),
-            ("imagenet_gate", (1024, 1000), {}),
-            ("wide_gate", (256, 32000), {}),
-            ("wide_gate_bf16", (256, 32000), {"dtype": "bfloat16"}),
+        Case(name, 1, *shape, "none", 1.0, dtype, "gate", quick=quick, formulations=GATES)
+        for name, shape, dtype, quick in (
+            ("tiny_gate", (8, 10), "float32", False),
+            ("cifar10_gate", (256, 10), "float32", False),
+            ("cifar100_gate", (8192, 100), "float32", True),
+            ("imagenet_gate", (1024, 1000), "float32", False),
+            ("wide_gate", (256, 32000), "float32", False),
+            ("wide_gate_bf16", (256, 32000), "bfloat16", False),
         )
     ),
 )
