@@ -46,6 +46,7 @@ class AnytimeRunner:
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.stages = model, stages_of("AnytimeRunner", model)
+        self.modules = list(model.modules())
         if not margin > 0:
             raise ValueError(f"AnytimeRunner: margin must be positive; got {margin!r}")
         self.margin, self.now = margin, now
@@ -77,7 +78,7 @@ class AnytimeRunner:
         device = device_of(x)
         logits: list[Tensor] = []
         features = x
-        with inference(self.model):
+        with inference(self.modules):
             clock = Clock(device)
             for k, stage in enumerate(self.stages):
                 if k and self.now() - began + self.estimate(k, rows) > seconds:

@@ -60,6 +60,7 @@ class AdaptiveRunner:
     ) -> None:
         op = "AdaptiveRunner"
         self.model, self.stages = model, stages_of(op, model)
+        self.modules = list(model.modules())
         self.gates = Gates(op, len(self.stages), thresholds, measure, temperature, score)
         self.report = Report.empty(len(self.stages), madds)
 
@@ -69,7 +70,7 @@ class AdaptiveRunner:
         clock = Clock(device_of(x))
         whole = Clock(device_of(x))
         answers = None
-        with inference(self.model):
+        with inference(self.modules):
             index = torch.arange(rows, device=device_of(x))
             logits: list[Tensor] = []
             features, previous = x, None

@@ -129,7 +129,7 @@ class Stream:
     def _run(self, k: int) -> list[Answer]:
         runner, began = self.runner, time.perf_counter()
         (features, logits, memory), tickets, _ = self._take(k)
-        with inference(runner.model):
+        with inference(runner.modules):
             before = time.perf_counter()
             features, logits = run_stage("Stream", runner.stages[k], k, features, logits)
             if device_of(logits).type == "cuda":
