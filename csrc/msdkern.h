@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define MSDKERN_ABI_VERSION 1
+#define MSDKERN_ABI_VERSION 2
 #define MSDKERN_MAX_EXITS 32
 #define MSDKERN_MAX_ROWS 64  // exits and external teachers of one sample
 

@@ -21,7 +21,7 @@ THRESHOLDS = (-torch.inf, torch.inf, 0.0, 0.25, 0.5, 0.9, 1.0)
     st.sampled_from(reference.MEASURES), st.lists(st.sampled_from(THRESHOLDS), min_size=5,
     max_size=5), st.sampled_from((1, 3, 40)), st.booleans(), st.booleans(), st.integers(0, 999),
 )  # fmt: skip
-@hypothesis.settings(property_test, max_examples=120)
+@hypothesis.settings(property_test, max_examples=80)
 def test_early_answers_are_those_chosen_afterwards(
     exits, rows, classes, measure, thresholds, batch, nested, broken, seed
 ):

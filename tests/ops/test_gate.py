@@ -125,7 +125,7 @@ def test_a_late_maximum_rescales_what_was_summed_before(server):
     st.sampled_from(KINDS), st.sampled_from(DTYPES), st.sampled_from(reference.MEASURES),
     st.sampled_from(THRESHOLDS), st.booleans(), st.integers(0, 999),
 )  # fmt: skip
-@hypothesis.settings(property_test, max_examples=100)
+@hypothesis.settings(property_test, max_examples=80)
 def test_leaving_one_by_one_is_choosing_afterwards(
     exits, rows, classes, kind, dtype, measure, threshold, several, seed
 ):
