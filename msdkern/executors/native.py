@@ -382,10 +382,10 @@ def gate_step(
     return prediction, found, stay, count
 
 
-def _row_bytes(tensor: Tensor) -> tuple[int, int]:
-    """Distance between rows, and size of one, in bytes."""
-    size, rows = tensor.element_size(), tensor.shape[0]
-    return tensor.stride(0) * size, tensor.numel() // max(rows, 1) * size
+def _row_table(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Address of every tensor, and the distance between its rows in bytes."""
+    strides = [t.stride(0) * t.element_size() for t in tensors]
+    return [t.data_ptr() for t in tensors], strides
 
 
 def _copy_rows(
@@ -400,6 +400,7 @@ def _copy_rows(
     index = index.contiguous()
     for i in range(0, len(source), TENSORS):
         sources, targets = source[i : i + TENSORS], target[i : i + TENSORS]
+        (from_address, from_stride), (to_address, to_stride) = map(_row_table, (sources, targets))
         status, bad_index = _kernels().copy_rows(
             scatter,
             torch.get_num_threads(),
@@ -407,11 +408,11 @@ def _copy_rows(
             capacity,
             limit,
             index.data_ptr(),
-            [t.data_ptr() for t in sources],
-            [t.data_ptr() for t in targets],
-            [_row_bytes(t)[0] for t in sources],
-            [_row_bytes(t)[0] for t in targets],
-            [_row_bytes(t)[1] for t in sources],
+            from_address,
+            to_address,
+            from_stride,
+            to_stride,
+            [t.nbytes // (len(t) or 1) for t in sources],
         )
         if status == 5:
             raise ValueError(f"{op}: rows must be in [0, {limit}); got {bad_index}")
