@@ -169,9 +169,17 @@ INLINE Reading<Real> read_long_row(const S *row, int64_t classes, Real inverse_t
             }
             shift = top;
         }
-        for_vectors(piece, size, lowest, [&](int64_t, V z) __attribute__((always_inline)) {
-            add_class<kNeeds>(sums, z, shift, inverse_t);
-        });
+        // Sums of sums: a lane that added up the whole row would round thousands of times.
+        for (int64_t c = 0; c < size; c += 64 * kLanes<Real>) {
+            Sums<V> part = {};
+            for_vectors(piece + c, least<int64_t>(64 * kLanes<Real>, size - c), lowest,
+                        [&](int64_t, V z) __attribute__((always_inline)) {
+                            add_class<kNeeds>(part, z, shift, inverse_t);
+                        });
+            sums.total += part.total;
+            sums.weighted += part.weighted;
+            sums.nan = part.nan == part.nan ? sums.nan : part.nan;
+        }
     }
     const int64_t at = where + row_argmax(row + where, least(kPiece, classes - where), top, false);
     return {top, runner_up, sum<Real>(sums.total + sums.nan), sum<Real>(sums.weighted), at};
@@ -183,7 +191,9 @@ INLINE Reading<Real> read_row(const S *row, int64_t classes, Real inverse_t) {
     Reading<Real> found = classes <= kShort ? read_short_row<kNeeds>(row, classes, inverse_t)
                                             : read_long_row<kNeeds>(row, classes, inverse_t);
     if (found.sum != found.sum) {
-        if (first_nan(row, classes, found.prediction)) found.top = found.sum;
+        const int64_t at = first_nan(row, classes);
+        const Real z = load_partial(row + at, 1, Real(0))[0];
+        if (z != z) found.prediction = at, found.top = z;
         return found;
     }
     if (found.top != -__builtin_inf()) return found;

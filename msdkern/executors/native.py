@@ -155,8 +155,9 @@ def _call_loss(
     divisor = 0.0  # none given
     if normalizer is not None:
         divisor = float(normalizer.item())
-        if not 0 < divisor < math.inf:
-            raise ValueError(f"{op}: normalizer must be positive and finite; got {divisor}")
+        if not 0 <= divisor < math.inf:
+            raise ValueError(f"{op}: normalizer must be finite and not negative; got {divisor}")
+        divisor = divisor or math.inf  # no rows counted: r = 0
     status, bad_label = _kernels().loss(
         form,
         DTYPE_CODES[dtype],

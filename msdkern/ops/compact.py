@@ -35,7 +35,7 @@ def compact_rows(x: Rows, stay: Tensor, count: int | Tensor) -> Rows:
     _index(op, "stay", stay, tensors[0])
     capacity, tensor = _split(op, count, stay)
     executor = executors.select(op, stay.device.type)
-    found = torch.ops.msdkern.compact_rows.default(tensors, stay, tensor, capacity, executor)
+    found = executors.call("compact_rows", tensors, stay, tensor, capacity, executor)
     return found[0] if isinstance(x, Tensor) else tuple(found)
 
 

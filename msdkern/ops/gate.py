@@ -41,7 +41,7 @@ def exit_statistics(logits: Tensor | Sequence[Tensor]) -> ExitStatistics:
     checks.rows_and_classes(op, z)
     executor = executors.select(op, z[0].device.type)
     z = [t.detach() for t in z]
-    return ExitStatistics(*torch.ops.msdkern.exit_statistics.default(z, executor))
+    return ExitStatistics(*executors.call("exit_statistics", z, executor))
 
 
 class ExitDecision(NamedTuple):
@@ -111,8 +111,7 @@ def exit_gate(
     score = _given(op, measure, score, (exits, rows), z[0])
     executor = executors.select(op, z[0].device.type)
     z = [x.detach() for x in z]
-    found = torch.ops.msdkern.exit_gate.default(z, limit, measure, t, score, executor)
-    return ExitDecision(*found)
+    return ExitDecision(*executors.call("exit_gate", z, limit, measure, t, score, executor))
 
 
 def gate_step(
@@ -161,7 +160,7 @@ def gate_step(
         _count(op, "live", live, logits)
     executor = executors.select(op, logits.device.type)
     arguments = (limit, measure, t, score, prediction, streak, live, executor)
-    return GateStep(*torch.ops.msdkern.gate_step.default(logits.detach(), *arguments))
+    return GateStep(*executors.call("gate_step", logits.detach(), *arguments))
 
 
 def _given(
