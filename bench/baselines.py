@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
     weights: tuple[tuple[float, ...], ...]  # [K][K+E], student by teacher
     pair: str  # the name of the weights: a structure that a formulation may exploit
     temperature: float
+    threshold: float = 0.5  # of the gate
 
 
 Formulation = Callable[
@@ -257,6 +258,39 @@ def statistics_stacked(
     return _statistics(torch.stack(list(logits)))
 
 
+def gate_softmax(
+    recipe: Recipe, logits: Sequence[Tensor], target: Tensor, teachers: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """How a gate is usually written: softmax, maximum, comparison, indices of who stays."""
+    (z,) = logits
+    confidence, prediction = F.softmax(z.float(), dim=1).max(dim=1)
+    return prediction[None], confidence, (confidence < recipe.threshold).nonzero()[:, 0]
+
+
+def gate_lse(
+    recipe: Recipe, logits: Sequence[Tensor], target: Tensor, teachers: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The largest logit and one log-sum-exp: no probabilities are written."""
+    (z,) = logits
+    top, prediction = z.float().max(dim=1)
+    confidence = (top - torch.logsumexp(z.float(), dim=1)).exp()
+    return prediction[None], confidence, (confidence < recipe.threshold).nonzero()[:, 0]
+
+
+def gate_partition(
+    recipe: Recipe, logits: Sequence[Tensor], target: Tensor, teachers: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Shapes that do not depend on the answer: places by cumulative sums, then one scatter."""
+    (z,) = logits
+    top, prediction = z.float().max(dim=1)
+    confidence = (top - torch.logsumexp(z.float(), dim=1)).exp()
+    stays = confidence < recipe.threshold
+    before = stays.cumsum(0)
+    place = torch.where(stays, before - 1, before[-1] + (~stays).cumsum(0) - 1)
+    rows = torch.arange(z.shape[0], device=z.device)
+    return prediction[None], confidence, torch.empty_like(rows).scatter(0, place, rows), before[-1]
+
+
 class Baselines(NamedTuple):
     """What a family is measured against: as people write it, work shared, and compiled."""
 
@@ -287,5 +321,10 @@ BASELINES = {
         statistics_naive,
         statistics_per_exit,
         {"per exit": statistics_per_exit, "stacked": statistics_stacked},
+    ),
+    "gate": Baselines(
+        gate_softmax,
+        gate_lse,
+        {"softmax": gate_softmax, "lse": gate_lse, "partition": gate_partition},
     ),
 }

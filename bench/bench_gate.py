@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate family under pytest-benchmark: the statistics that decide which rows leave."""
+"""The gate family under pytest-benchmark: statistics, and the gate that decides who leaves."""
 
 from __future__ import annotations
 
@@ -13,4 +13,9 @@ from .pytest_cases import parameters, time_it
 
 @pytest.mark.parametrize(("case", "name"), parameters("statistics"))
 def test_statistics(benchmark: Any, case: Case, name: str) -> None:
+    time_it(benchmark, case, name, train=False)
+
+
+@pytest.mark.parametrize(("case", "name"), parameters("gate"))
+def test_gate(benchmark: Any, case: Case, name: str) -> None:
     time_it(benchmark, case, name, train=False)

@@ -12,6 +12,8 @@ from typing import Any
 COLLAPSED = ("gram", "stacked", "mean teacher", "closed form")
 EVERY = ("pairwise", "shared", *COLLAPSED)
 PER_EXIT = ("per exit", "stacked")
+GATES = ("softmax", "lse", "partition")
+READ_ONLY = ("statistics", "gate")  # families that have no backward
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Case:
     pair: str = "mutual"  # mutual | last | dense (arbitrary weights) | teacher (external) | none
     temperature: float = 3.0
     dtype: str = "float32"
-    family: str = "loss"  # loss | softmax | statistics
+    family: str = "loss"  # loss | softmax | statistics | gate
     device: str = "cpu"
     teachers: int = 0
     quick: bool = False
@@ -95,6 +97,17 @@ _READ = (
     ),
     Case("imagenet_statistics", 7, 256, 1000, family="statistics", formulations=PER_EXIT),
     Case("wide_statistics", 4, 128, 32000, family="statistics", formulations=PER_EXIT),
+    *(
+        Case(name, 1, *shape, "none", 1.0, dtype, "gate", quick=quick, formulations=GATES)
+        for name, shape, dtype, quick in (
+            ("tiny_gate", (8, 10), "float32", False),
+            ("cifar10_gate", (256, 10), "float32", False),
+            ("cifar100_gate", (8192, 100), "float32", True),
+            ("imagenet_gate", (1024, 1000), "float32", False),
+            ("wide_gate", (256, 32000), "float32", False),
+            ("wide_gate_bf16", (256, 32000), "bfloat16", False),
+        )
+    ),
 )
 
 _CUDA = (

@@ -62,7 +62,12 @@ def _pytorch(problem: Problem, every_formulation: bool) -> Iterator[Contender]:
             # of compiled versions five formulations exceed. It reads the recipe as constants.
             compiled = torch.compile(formulation, dynamic=False, fullgraph=True)
             call = functools.partial(compiled, *data)
-            yield _plain(f"compiled {name}", "compiled", call)
+            yield Contender(f"compiled {name}", "compiled", call, call, _as_many_as_it_takes)
+
+
+def _as_many_as_it_takes() -> AbstractContextManager[Any]:
+    """Lets the compiler keep `nonzero`, whose length it cannot know, in the graph."""
+    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 
 
 def _ours(problem: Problem, executor: str) -> Contender:
@@ -108,7 +113,25 @@ def _statistics_call(problem: Problem) -> Call:
     return lambda: msdkern.exit_statistics(problem.logits)
 
 
-OURS = {"loss": _loss_call, "softmax": _softmax_call, "statistics": _statistics_call}
+def _gate_call(problem: Problem) -> Call:
+    """What the naive form returns, to the host's knowledge of how many rows stay."""
+    import msdkern
+
+    (z,), threshold = problem.logits, problem.recipe.threshold
+
+    def call() -> tuple[torch.Tensor, ...]:
+        step = msdkern.gate_step(z, threshold)
+        return step.prediction[None], step.score, step.stay[: int(step.count)]
+
+    return call
+
+
+OURS = {
+    "loss": _loss_call,
+    "softmax": _softmax_call,
+    "statistics": _statistics_call,
+    "gate": _gate_call,
+}
 
 
 def prepare(contender: Contender, problem: Problem) -> None:

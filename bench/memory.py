@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .cases import READ_ONLY
 from .contenders import Contender
 from .problem import Problem
 
@@ -66,7 +67,7 @@ def _device_peak(contender: Contender, problem: Problem) -> int:
 
 def _call(contender: Contender, problem: Problem) -> None:
     with contender.session():
-        if problem.case.family == "statistics":
+        if problem.case.family in READ_ONLY:
             with torch.no_grad():
                 contender.infer()
         else:

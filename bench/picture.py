@@ -20,11 +20,12 @@ INK, FAINT = "#2b2a28", "#e4e0da"
 # Columns of text beside the plot, in widths of it.
 LEFT, SHAPE, FASTER, TIME = -0.73, -0.03, 1.14, 1.32
 HEAD, ROW, FOOT = 1.15, 0.32, 0.95  # inches above, per row, and below
-PHASE = {"loss": "both", "softmax": "both", "statistics": "forward"}
+PHASE = {"loss": "both", "softmax": "both", "statistics": "forward", "gate": "forward"}
 GROUPS = {
     "loss": "Loss and gradient",
     "softmax": "Softmax, forward and backward",
     "statistics": "Exit statistics",
+    "gate": "Gate of one exit",
 }
 
 

@@ -45,6 +45,8 @@ class Problem:
         self.target = torch.randint(
             case.classes, (case.rows,), generator=generator, device=case.device
         )
+        if case.family == "gate":
+            self.recipe = self.recipe._replace(threshold=_halfway(self.logits[0]))
         self.upstream: list[Tensor] | None = None
         if case.family == "softmax":
             self.upstream = [normal().to(dtype) for _ in range(case.exits)]
@@ -93,14 +95,19 @@ class Truth(NamedTuple):
 
 
 def _worst(found: Sequence[Tensor], truth: Sequence[Tensor], logits: list[Tensor]) -> float:
-    """Largest relative error over all tensors; integer tensors are predictions of the logits."""
+    """Largest relative error over all tensors; [K, N] integers are predictions of the logits."""
+    if len(found) == len(truth) + 1:  # all rows in order, and how many of them stay
+        *found, order, count = found
+        found = [*found, order[: int(count)]]
     if len(found) != len(truth):
         raise WrongResult(f"number of tensors is wrong: must be {len(truth)}; got {len(found)}")
     errors = []
     for x, t in zip(found, truth, strict=True):
         if x.shape != t.shape:
             raise WrongResult(f"shape is wrong: must be {list(t.shape)}; got {list(x.shape)}")
-        if not t.is_floating_point():
+        if not t.is_floating_point() and t.dim() < 2:
+            errors.append(0.0 if torch.equal(x, t) else math.inf)
+        elif not t.is_floating_point():
             errors.append(_prediction_error(x, logits))
         else:
             errors.append(_relative_error(x.detach(), t))
@@ -189,8 +196,26 @@ def _statistics_truth(problem: Problem) -> Truth:
     return Truth([torch.stack(column) for column in zip(*rows, strict=True)], None)
 
 
+@torch.no_grad()
+def _gate_truth(problem: Problem) -> Truth:
+    (logits,) = problem.logits
+    p = torch.softmax(logits.double(), 1)
+    confidence, prediction = p.max(1)
+    stays = confidence < problem.recipe.threshold
+    return Truth([prediction[None], confidence, stays.nonzero()[:, 0]], None)
+
+
+def _halfway(logits: Tensor) -> float:
+    """A confidence that half of the rows reach, and that no rounding turns into another answer."""
+    confidence = torch.softmax(logits.detach().double(), 1).amax(1).sort().values
+    middle = len(confidence) // 2
+    around = confidence[max(middle - 1, 0) : middle + 1]
+    return float(around.mean())
+
+
 TRUTHS: dict[str, Callable[[Problem], Truth]] = {
     "loss": _loss_truth,
     "softmax": _softmax_truth,
     "statistics": _statistics_truth,
+    "gate": _gate_truth,
 }

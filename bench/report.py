@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cases import READ_ONLY
 from .losing import where_we_lose
 from .reading import PHASES, View, by_family, times_faster, views
 
@@ -23,6 +24,7 @@ TITLES = {
     ("softmax", "both"): "Softmax of all exits, forward and backward",
     ("softmax", "forward"): "Softmax of all exits, forward alone (no grad)",
     ("statistics", "forward"): "Exit statistics (confidence, prediction, margin, entropy, ...)",
+    ("gate", "forward"): "Gate of one exit (prediction, confidence, the rows that stay)",
 }
 BEGIN, END = "<!-- bench:{} -->", "<!-- /bench -->"
 
@@ -90,7 +92,7 @@ def _time_row(view: View) -> list[str]:
     case, ours, floor = view.case, view.ours, view.best("floor")
     cells = [f"`{case['name']}`", f"{case['exits']}, {case['rows']}, {case['classes']}"]
     cells += [case["pair"] if case["family"] == "loss" else "-"]
-    cells += ["-" if case["family"] == "statistics" else f"{case['temperature']:g}", case["dtype"]]
+    cells += ["-" if case["family"] in READ_ONLY else f"{case['temperature']:g}", case["dtype"]]
     for kind in ("naive", "eager"):
         rival = view.best(kind)
         cells.append(seconds(rival.median) if rival else "-")
@@ -214,7 +216,7 @@ def readme_table(results: dict[str, Any]) -> str:
     """What README shows of a results file, markers not included."""
     header = ["K, N, C", "what", "naive", "best compiled", "msdkern", "over compiled", "over naive"]
     rows = []
-    for family, phase in (("loss", "both"), ("statistics", "forward")):
+    for family, phase in (("loss", "both"), ("statistics", "forward"), ("gate", "forward")):
         for view in by_family(results, family, phase):
             cells = _time_row(view)
             case = view.case
@@ -225,7 +227,7 @@ def readme_table(results: dict[str, Any]) -> str:
     caption = (
         f"{where(results)}; PyTorch {software['torch']}, msdkern {software['msdkern']},"
         f" commit {software['commit'] or 'not recorded'}, {results['date']}. Losses: forward and"
-        " backward; statistics: forward. Medians."
+        " backward; statistics and gates: forward. Medians."
     )
     return f"{table(header, rows)}\n\n{caption}\n\n**Where we lose**\n\n{where_we_lose(results)}"
 

@@ -98,6 +98,7 @@ OPS = {
     "loss": "multi_exit_loss",
     "softmax": "multi_exit_softmax",
     "statistics": "exit_statistics",
+    "gate": "gate_step",
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .cases import READ_ONLY
 from .contenders import Contender
 from .problem import Problem
 
@@ -101,9 +102,7 @@ def _both_block(contender: Contender, problem: Problem, clock: Clock, calls: int
 
 
 def _blocks(problem: Problem) -> list[Callable[..., Samples]]:
-    return (
-        [_forward_block] if problem.case.family == "statistics" else [_forward_block, _both_block]
-    )
+    return [_forward_block] if problem.case.family in READ_ONLY else [_forward_block, _both_block]
 
 
 class _Turn:

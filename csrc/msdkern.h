@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define MSDKERN_ABI_VERSION 1
+#define MSDKERN_ABI_VERSION 2
 #define MSDKERN_MAX_EXITS 32
 #define MSDKERN_MAX_ROWS 64  // exits and external teachers of one sample
 
@@ -39,7 +39,20 @@ enum msdkern_status {
     MSDKERN_BAD_LABEL = 1,        // `bad_label` holds it
     MSDKERN_BAD_TEMPERATURE = 2,  // not positive, or NaN
     MSDKERN_NO_MEMORY = 3,
-    MSDKERN_BAD_SIZE = 4
+    MSDKERN_BAD_SIZE = 4,
+    MSDKERN_BAD_INDEX = 5,     // `bad_index` holds it
+    MSDKERN_BAD_THRESHOLD = 6  // NaN
+};
+
+// The score of a gate. It fires at or above the threshold, the entropies at or below it.
+enum msdkern_measure {
+    MSDKERN_CONFIDENCE = 0,
+    MSDKERN_MARGIN = 1,
+    MSDKERN_ENTROPY = 2,
+    MSDKERN_NORMALIZED_ENTROPY = 3,
+    MSDKERN_MAX_LOGIT = 4,
+    MSDKERN_PATIENCE = 5,  // exits in a row that agree with the one before
+    MSDKERN_GIVEN = 6      // a score that the caller brings
 };
 
 // "Real" below is float, or double for MSDKERN_F64.
@@ -99,6 +112,39 @@ typedef struct msdkern_statistics {
     int64_t *prediction;                                      // [K, N]
 } msdkern_statistics;
 
+typedef struct msdkern_gate {
+    int32_t dtype, exits, threads, measure;
+    int64_t rows, live, classes;  // rows from `live` on are not read
+    const void *logits[MSDKERN_MAX_EXITS];
+    int64_t stride[MSDKERN_MAX_EXITS];
+    double temperature[MSDKERN_MAX_EXITS];
+    double threshold[MSDKERN_MAX_EXITS];  // rounded to Real before it is compared
+    const void *given;                    // Real [K, N], for MSDKERN_GIVEN
+    int64_t *prediction;                  // [N]
+    void *score;                          // Real [N]
+
+    int64_t *exit_index;  // [N]: the first exit that fires; the last always does
+
+    // One exit, which need not fire. Null for MSDKERN_PATIENCE at the first exit.
+    const int64_t *previous_prediction;  // [N]
+    const void *previous_score;          // Real [N]
+    int64_t *stay;                       // [N]: the rows that stay in order, then the others
+    int64_t *count;                      // how many stay
+} msdkern_gate;
+
+// Rows of several tensors of any dtype, copied by an index.
+typedef struct msdkern_copy {
+    int32_t tensors, threads;
+    int64_t count, capacity, limit;  // 0 <= index < limit for the first `count`
+    const int64_t *index;
+    const void *source[MSDKERN_MAX_EXITS];
+    void *target[MSDKERN_MAX_EXITS];
+    int64_t source_stride[MSDKERN_MAX_EXITS];  // in bytes, as the following two
+    int64_t target_stride[MSDKERN_MAX_EXITS];
+    int64_t bytes[MSDKERN_MAX_EXITS];  // of one row
+    int64_t bad_index;
+} msdkern_copy;
+
 typedef struct msdkern_scale {
     int32_t dtype, tensors, threads;
     double factor;
@@ -115,6 +161,13 @@ int msdkern_cpu_softmax(const msdkern_softmax *call);
 int msdkern_cpu_softmax_backward(const msdkern_softmax *call);
 // (7)
 int msdkern_cpu_statistics(const msdkern_statistics *call);
+// (10) which exit answers each row; (11) which rows stay at one exit.
+int msdkern_cpu_exit_gate(const msdkern_gate *call);
+int msdkern_cpu_gate_step(const msdkern_gate *call);
+// (12) target[i] = source[index[i]] for i < count, zeros up to capacity; and target[index[i]] =
+// source[i] for i < count.
+int msdkern_cpu_gather_rows(msdkern_copy *call);
+int msdkern_cpu_scatter_rows(msdkern_copy *call);
 // data *= factor in place; returns at once when the factor is 1.
 int msdkern_cpu_scale(const msdkern_scale *call);
 

@@ -13,47 +13,67 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from msdkern import executors, models, nn, pairs
+    from msdkern import calibrate, executors, infer, models, nn, pairs
     from msdkern.executors import executor, explain
     from msdkern.ops import (
+        ExitDecision,
         ExitStatistics,
+        GateStep,
         MultiExitLoss,
         RowLosses,
+        compact_rows,
+        exit_gate,
         exit_statistics,
+        gate_step,
         multi_exit_loss,
         multi_exit_row_losses,
         multi_exit_softmax,
+        scatter_rows,
     )
 
 # Loaded when first asked for, so that `msdkern --help` answers without loading PyTorch.
 _HOME = {
+    "ExitDecision": "msdkern.ops",
     "ExitStatistics": "msdkern.ops",
+    "GateStep": "msdkern.ops",
     "MultiExitLoss": "msdkern.ops",
     "RowLosses": "msdkern.ops",
+    "compact_rows": "msdkern.ops",
     "executor": "msdkern.executors",
+    "exit_gate": "msdkern.ops",
     "exit_statistics": "msdkern.ops",
     "explain": "msdkern.executors",
+    "gate_step": "msdkern.ops",
     "multi_exit_loss": "msdkern.ops",
     "multi_exit_row_losses": "msdkern.ops",
     "multi_exit_softmax": "msdkern.ops",
+    "scatter_rows": "msdkern.ops",
 }
-_SUBMODULES = ("executors", "models", "nn", "pairs")
+_SUBMODULES = ("calibrate", "executors", "infer", "models", "nn", "pairs")
 
 __all__ = [
+    "ExitDecision",
     "ExitStatistics",
+    "GateStep",
     "MultiExitLoss",
     "RowLosses",
     "__version__",
+    "calibrate",
+    "compact_rows",
     "executor",
     "executors",
+    "exit_gate",
     "exit_statistics",
     "explain",
+    "gate_step",
+    "infer",
     "models",
     "multi_exit_loss",
     "multi_exit_row_losses",
     "multi_exit_softmax",
     "nn",
     "pairs",
+    "scatter_rows",
 ]
 
 

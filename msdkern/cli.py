@@ -16,6 +16,14 @@ COMMANDS = {
         "train a multi-exit network; without options, on scikit-learn's digits",
     ),
     "evaluate": ("msdkern.train.evaluate", "print a checkpoint's accuracy and cost at every exit"),
+    "calibrate": (
+        "msdkern.calibrate.command",
+        "find when rows may leave early: temperatures, thresholds, curves",
+    ),
+    "export": (
+        "msdkern.infer.command",
+        "write a checkpoint with its thresholds as a program for PyTorch, AOTInductor or ONNX",
+    ),
     "compare": ("msdkern.train.compare", "train several losses over several seeds and tabulate"),
     "bench": ("msdkern.bench.command", "time msdkern against plain and compiled PyTorch"),
     "doctor": ("msdkern.doctor", "say what works on this computer and why the rest does not"),

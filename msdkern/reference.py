@@ -17,10 +17,15 @@ Student i learns from teacher j with weight W[i, j]; teachers K .. K+E-1 are ext
   (6) gradients       dL/dz in closed form (the tests check them against autograd of (1)-(5))
   (7) statistics      lse, confidence, prediction, margin, entropy, sum p^2
   (8) MSD             see msdkern.nn.MSDLoss, which is (3) plus `feature_distance`
+  (9) branches        see msdkern.models.add_exits
+ (10) exit gate       the first exit whose score reaches its threshold answers; the last always does
+ (11) gate step       one exit: the rows that stay in order, then the others in order, and a count
+ (12) rows            gathered by such a list, and scattered back
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -299,3 +304,78 @@ def statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     entropy = -weigh(p, log_p).sum(-1)
     lse = torch.logsumexp(z, dim=-1)
     return lse, top[:, 0], z.argmax(-1), margin, entropy, p.square().sum(-1)
+
+
+# (10), (11), (12) -----------------------------------------------------------------------------
+
+# Scores that fire at or below the threshold; all others fire at or above it.
+LOW_SCORES = ("entropy", "normalized_entropy")
+MEASURES = ("confidence", "margin", *LOW_SCORES, "max_logit", "patience", "score")
+
+
+def gate_score(logits: Tensor, temperature: Tensor | float, measure: str) -> Tensor:
+    """The score [N] of one exit from its logits, with p = softmax(z / T).
+
+    ``confidence`` max p; ``margin`` largest minus second largest p (the confidence for a single
+    class); ``entropy`` in nats; ``normalized_entropy`` entropy / log C (the entropy, 0, for a
+    single class); ``max_logit`` max z / T.
+    """
+    classes = logits.shape[-1]
+    if measure == "max_logit":
+        z = logits.to(accumulation_dtype(logits.dtype))
+        return (z / temperature).amax(-1)
+    log_p = log_softmax(logits, temperature)
+    if measure in LOW_SCORES:
+        entropy = -weigh(log_p.exp(), log_p).sum(-1)
+        normalized = measure == "normalized_entropy" and classes > 1
+        return entropy / math.log(classes) if normalized else entropy
+    if measure == "confidence" or classes == 1:
+        return log_p.amax(-1).exp()
+    first, second = log_p.topk(2, dim=-1).values.exp().unbind(-1)
+    return first - second
+
+
+def agreement(prediction: Tensor, previous: Tensor | None, streak: Tensor | None) -> Tensor:
+    """``patience``: how many exits in a row answered as the one before them; 0 at the first."""
+    if previous is None or streak is None:
+        return torch.zeros_like(prediction)
+    return torch.where(prediction == previous, streak + 1, torch.zeros_like(streak))
+
+
+def fires(score: Tensor, threshold: Tensor | float, measure: str) -> Tensor:
+    """(10) Whether a row leaves here. A NaN score stays."""
+    return score <= threshold if measure in LOW_SCORES else score >= threshold
+
+
+def partition(stays: Tensor) -> tuple[Tensor, Tensor]:
+    """(11) The indices of the rows that stay in order, then of the others; and how many stay.
+
+    Its sizes do not depend on the answer, so nothing waits for a device.
+    """
+    count = stays.sum()
+    staying, leaving = stays.cumsum(0) - 1, count + (~stays).cumsum(0) - 1
+    rows = torch.arange(stays.shape[0], device=stays.device)
+    place = torch.where(stays, staying, leaving)
+    return torch.empty_like(rows).scatter(0, place, rows), count
+
+
+def first_fire(fired: Tensor) -> Tensor:
+    """(10) The exit [N] at which each row leaves, from [K, N] flags; the last always fires."""
+    last = torch.ones_like(fired[:1])
+    return torch.cat([fired[:-1], last]).to(torch.uint8).argmax(0)
+
+
+def row_format(x: Tensor) -> torch.memory_format:
+    """The memory format in which gathered rows are handed out: that of x."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def scatter_rows(out: Tensor, values: Tensor, index: Tensor, count: Tensor) -> Tensor:
+    """(12) out with out[index[i]] = values[i] for i < count: the others fall beside it."""
+    used = torch.arange(index.shape[0], device=index.device) < count
+    place = torch.where(used, index, out.shape[0])
+    beside = torch.cat([out, out.new_empty((1, *out.shape[1:]))])
+    return beside.index_copy(0, place, values)[:-1]

@@ -68,6 +68,10 @@ int msdkern_cpu_softmax_backward(const msdkern_softmax *call) {
     return kernels().softmax_backward(call);
 }
 int msdkern_cpu_statistics(const msdkern_statistics *call) { return kernels().statistics(call); }
+int msdkern_cpu_exit_gate(const msdkern_gate *call) { return kernels().exit_gate(call); }
+int msdkern_cpu_gate_step(const msdkern_gate *call) { return kernels().gate_step(call); }
+int msdkern_cpu_gather_rows(msdkern_copy *call) { return kernels().gather_rows(call); }
+int msdkern_cpu_scatter_rows(msdkern_copy *call) { return kernels().scatter_rows(call); }
 int msdkern_cpu_scale(const msdkern_scale *call) { return kernels().scale(call); }
 
 const char *msdkern_cpu_isas(void) {

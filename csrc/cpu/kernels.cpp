@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 
+#include "compact.h"
 #include "gate.h"
 #include "loss.h"
 #include "softmax.h"
@@ -59,6 +60,32 @@ static int statistics(const msdkern_statistics *call) {
     return with_dtype(call->dtype, [&](auto s) { return run_statistics<decltype(s)>(*call); });
 }
 
+static int any_gate(const msdkern_gate *call, bool step) {
+    if (call->exits < 1 || call->exits > (step ? 1 : MSDKERN_MAX_EXITS) || call->rows < 0 ||
+        call->live < 0 || call->live > call->rows || call->classes < 1 ||
+        call->measure < MSDKERN_CONFIDENCE || call->measure > MSDKERN_GIVEN)
+        return MSDKERN_BAD_SIZE;
+    for (int k = 0; k < call->exits; ++k) {
+        if (!(call->temperature[k] > 0 && call->temperature[k] <= 1e300))
+            return MSDKERN_BAD_TEMPERATURE;
+        if (call->threshold[k] != call->threshold[k]) return MSDKERN_BAD_THRESHOLD;
+    }
+    return with_dtype(call->dtype, [&](auto s) {
+        return step ? run_gate_step<decltype(s)>(*call) : run_exit_gate<decltype(s)>(*call);
+    });
+}
+static int exit_gate(const msdkern_gate *call) { return any_gate(call, false); }
+static int gate_step(const msdkern_gate *call) { return any_gate(call, true); }
+
+static int any_copy(msdkern_copy *call, bool scatter) {
+    if (call->tensors < 0 || call->tensors > MSDKERN_MAX_EXITS || call->count < 0 ||
+        call->count > call->capacity)
+        return MSDKERN_BAD_SIZE;
+    return run_copy(*call, scatter);
+}
+static int gather_rows(msdkern_copy *call) { return any_copy(call, false); }
+static int scatter_rows(msdkern_copy *call) { return any_copy(call, true); }
+
 static int scale(const msdkern_scale *call) {
     if (call->tensors < 0 || call->tensors > MSDKERN_MAX_EXITS) return MSDKERN_BAD_SIZE;
     return with_dtype(call->dtype, [&](auto s) { return run_scale<decltype(s)>(*call); });
@@ -74,5 +101,9 @@ const msdkern_kernels MSDKERN_NAME(msdkern_kernels_, MSDKERN_ISA) = {
     MSDKERN_NAMESPACE::softmax,
     MSDKERN_NAMESPACE::softmax_backward,
     MSDKERN_NAMESPACE::statistics,
+    MSDKERN_NAMESPACE::exit_gate,
+    MSDKERN_NAMESPACE::gate_step,
+    MSDKERN_NAMESPACE::gather_rows,
+    MSDKERN_NAMESPACE::scatter_rows,
     MSDKERN_NAMESPACE::scale,
 };

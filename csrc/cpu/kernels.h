@@ -12,5 +12,9 @@ struct msdkern_kernels {
     int (*softmax)(const msdkern_softmax *);
     int (*softmax_backward)(const msdkern_softmax *);
     int (*statistics)(const msdkern_statistics *);
+    int (*exit_gate)(const msdkern_gate *);
+    int (*gate_step)(const msdkern_gate *);
+    int (*gather_rows)(msdkern_copy *);
+    int (*scatter_rows)(msdkern_copy *);
     int (*scale)(const msdkern_scale *);
 };

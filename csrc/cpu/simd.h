@@ -158,6 +158,13 @@ INLINE void store_partial(S *p, int n, VecOf<typename Kind<S>::Real> v) {
     for (int i = 0; i < n; ++i) p[i] = part[i];
 }
 
+// 0, 1, 2, ...
+template <class Real>
+INLINE VecOf<Real> lane_numbers() {
+    static const Real numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return read<VecOf<Real>>(numbers);
+}
+
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
 INLINE VecF load_partial(const float *p, int n, float fill) {
     const IntF lanes = first_lanes<float>(n);
@@ -228,6 +235,13 @@ struct Largest {
     template <class V>
     INLINE_MEMBER V operator()(V a, V b) const {
         return a > b ? a : b;
+    }
+};
+
+struct Smallest {
+    template <class V>
+    INLINE_MEMBER V operator()(V a, V b) const {
+        return a < b ? a : b;
     }
 };
 

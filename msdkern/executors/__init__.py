@@ -134,7 +134,16 @@ def executor(name: str) -> Iterator[None]:
         _forced = before
 
 
-OPS = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_statistics")
+OPS = (
+    "multi_exit_loss",
+    "multi_exit_row_losses",
+    "multi_exit_softmax",
+    "exit_statistics",
+    "exit_gate",
+    "gate_step",
+    "compact_rows",
+    "scatter_rows",
+)
 
 
 def table() -> dict[str, dict[str, str | None]]:

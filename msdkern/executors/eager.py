@@ -27,8 +27,8 @@ def _unstack(logits: Sequence[Tensor]) -> list[Tensor]:
 
 def _check_positive(op: str, name: str, value: Tensor) -> None:
     """Checked where reading the value needs no synchronisation with a GPU."""
-    if value.device.type == "cpu" and not 0 < value.item() < math.inf:
-        raise ValueError(f"{op}: {name} must be positive and finite; got {value.item()}")
+    if value.device.type == "cpu" and not all(0 < v < math.inf for v in value.view(-1).tolist()):
+        raise ValueError(f"{op}: {name} must be positive and finite; got {value.tolist()}")
 
 
 def _check_count(op: str, name: str, value: Tensor) -> None:
@@ -204,6 +204,146 @@ def multi_exit_softmax_backward(
 def exit_statistics(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
     columns = zip(*(reference.statistics(z) for z in _unstack(logits)), strict=True)
     return tuple(torch.stack(column) for column in columns)
+
+
+def _check_threshold(op: str, threshold: Tensor) -> None:
+    if threshold.device.type == "cpu" and threshold.isnan().any():
+        raise ValueError(f"{op}: threshold must not be NaN; got {threshold.tolist()}")
+
+
+def _per_exit(value: Tensor, k: int, like: Tensor) -> Tensor:
+    """A number for exit k. On another device than the logits, a 0-d CPU tensor needs no copy."""
+    value = value if value.dim() == 0 else value[k]
+    return value.to(reference.accumulation_dtype(like.dtype))
+
+
+def _score(
+    z: Tensor,
+    measure: str,
+    temperature: Tensor,
+    given: Tensor | None,
+    previous: tuple[Tensor, Tensor] | tuple[None, None],
+) -> tuple[Tensor, Tensor]:
+    """Prediction and score of one exit."""
+    prediction, dtype = z.argmax(-1), reference.accumulation_dtype(z.dtype)
+    if given is not None:
+        return prediction, given.clone()
+    if measure == "patience":
+        return prediction, reference.agreement(prediction, *previous).to(dtype)
+    return prediction, reference.gate_score(z, temperature, measure)
+
+
+def exit_gate(
+    logits: Sequence[Tensor],
+    threshold: Tensor,
+    measure: str,
+    temperature: Tensor,
+    score: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_threshold("exit_gate", threshold)
+    _check_positive("exit_gate", "temperature", temperature)
+    return unchecked_exit_gate(logits, threshold, measure, temperature, score)
+
+
+def unchecked_exit_gate(
+    logits: Sequence[Tensor],
+    threshold: Tensor,
+    measure: str,
+    temperature: Tensor,
+    score: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas alone, which can be traced: what an exported program holds."""
+    previous: Any = (None, None)
+    columns, fired = [], []
+    for k, z in enumerate(_unstack(logits)):
+        given = None if score is None else score[k]
+        previous = _score(z, measure, _per_exit(temperature, k, z), given, previous)
+        columns.append(previous)
+        fired.append(reference.fires(previous[1], _per_exit(threshold, k, z), measure))
+    index = reference.first_fire(torch.stack(fired))
+    prediction, found = (
+        torch.stack(c).gather(0, index[None])[0] for c in zip(*columns, strict=True)
+    )
+    return index, prediction, found
+
+
+def gate_step(
+    logits: Tensor,
+    threshold: Tensor,
+    measure: str,
+    temperature: Tensor,
+    score: Tensor | None,
+    previous_prediction: Tensor | None,
+    previous_score: Tensor | None,
+    live: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_threshold("gate_step", threshold)
+    _check_positive("gate_step", "temperature", temperature)
+    given = (score, previous_prediction, previous_score, live)
+    return unchecked_gate_step(logits, threshold, measure, temperature, *given)
+
+
+def unchecked_gate_step(
+    logits: Tensor,
+    threshold: Tensor,
+    measure: str,
+    temperature: Tensor,
+    score: Tensor | None,
+    previous_prediction: Tensor | None,
+    previous_score: Tensor | None,
+    live: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The formulas alone, which can be traced."""
+    previous: Any = (previous_prediction, previous_score)
+    t = _per_exit(temperature, 0, logits)
+    prediction, found = _score(logits, measure, t, score, previous)
+    stays = ~reference.fires(found, _per_exit(threshold, 0, logits), measure)
+    if live is not None:
+        alive = torch.arange(logits.shape[0], device=logits.device) < live
+        prediction = torch.where(alive, prediction, -1)
+        found, stays = torch.where(alive, found, torch.nan), stays & alive
+    return prediction, found, *reference.partition(stays)
+
+
+def _check_index(op: str, index: Tensor, count: Tensor | None, rows: int, limit: int) -> None:
+    """Where that needs no synchronisation: the rows that are used exist."""
+    if index.device.type != "cpu":
+        return
+    used = index[: rows if count is None else int(count)]
+    wrong = (used < 0) | (used >= limit)
+    if wrong.any():
+        raise ValueError(f"{op}: rows must be in [0, {limit}); got {used[wrong][0].item()}")
+
+
+def compact_rows(
+    x: Sequence[Tensor], stay: Tensor, count: Tensor | None, capacity: int
+) -> list[Tensor]:
+    _check_index("compact_rows", stay, count, capacity, x[0].shape[0])
+    index, kept = stay[:capacity], None
+    if count is not None:
+        kept = torch.arange(capacity, device=stay.device) < count
+        index = torch.where(kept, index, 0)
+    result = []
+    for t in x:
+        if t.shape[0] == 0:
+            t = t.new_zeros((1, *t.shape[1:]))
+        rows = t.index_select(0, index)
+        if kept is not None:
+            rows = torch.where(kept.view(-1, *[1] * (t.dim() - 1)), rows, torch.zeros_like(rows))
+        result.append(rows.contiguous(memory_format=reference.row_format(t)))
+    return result
+
+
+def scatter_rows(
+    out: Sequence[Tensor], values: Sequence[Tensor], index: Tensor, count: Tensor | None
+) -> None:
+    rows = values[0].shape[0]
+    _check_index("scatter_rows", index, count, rows, out[0].shape[0])
+    for t, v in zip(out, values, strict=True):
+        if count is None:
+            t.index_copy_(0, index[:rows], v)
+        else:
+            t.copy_(reference.scatter_rows(t, v, index[:rows], count))
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:

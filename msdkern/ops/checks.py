@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -123,6 +123,40 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
     # A mode (fake tensors, say) makes tensors of its own kind, which must not be kept or mixed.
     modes = torch._C._len_torch_dispatch_stack()
     return _new_constant(float(value)) if modes else _constant(float(value))
+
+
+def per_exit(op: str, name: str, value: Any, exits: int | None, like: Tensor) -> Tensor:
+    """A threshold or temperature: a number or a 0-d tensor; with ``exits`` also K of either.
+
+    Numbers are checked here, tensors by the executors.
+    """
+    if (isinstance(value, Tensor) and value.dim() == 0) or isinstance(value, NUMBERS):
+        if isinstance(value, NUMBERS) and isinstance(value, (int, float)):
+            _number(op, name, value)
+        return scalar(op, name, value, like)  # type: ignore[arg-type]
+    rule = f"{name} must be a number" + (f" or {exits} numbers, one per exit" if exits else "")
+    if exits is None or not isinstance(value, (Tensor, list, tuple)):
+        fail(op, rule, value)
+    if isinstance(value, Tensor):
+        no_gradient(op, name, plain(op, name, value))
+        if value.dim() != 1 or value.shape[0] != exits or not value.is_floating_point():
+            fail(op, rule, value)
+        if value.device.type != "cpu" and value.device != like.device:
+            rule = f"{name} must be on the CPU or on the device of the logits ({like.device})"
+            fail(op, rule, str(value.device))
+        return value
+    if len(value) != exits or not all(isinstance(v, NUMBERS) for v in value):
+        fail(op, rule, list(value))
+    for v in value:
+        _number(op, name, v)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def _number(op: str, name: str, value: Any) -> None:
+    if name == "temperature":
+        positive(op, name, value)
+    elif value != value:
+        fail(op, f"{name} must not be NaN", value)
 
 
 def positive(op: str, name: str, value: float | Tensor) -> None:

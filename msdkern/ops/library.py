@@ -38,6 +38,15 @@ SCHEMAS = {
         bool log, str executor) -> Tensor[]""",
     "exit_statistics": """(Tensor[] logits, str executor) -> (Tensor lse, Tensor confidence,
         Tensor prediction, Tensor margin, Tensor entropy, Tensor sum_squares)""",
+    "exit_gate": """(Tensor[] logits, Tensor threshold, str measure, Tensor temperature,
+        Tensor? score, str executor) -> (Tensor exit_index, Tensor prediction, Tensor score)""",
+    "gate_step": """(Tensor logits, Tensor threshold, str measure, Tensor temperature,
+        Tensor? score, Tensor? previous_prediction, Tensor? previous_score, Tensor? live,
+        str executor) -> (Tensor prediction, Tensor score, Tensor stay, Tensor count)""",
+    "compact_rows": """(Tensor[] x, Tensor stay, Tensor? count, SymInt capacity, str executor)
+        -> Tensor[]""",
+    "scatter_rows": """(Tensor(a!)[] out, Tensor[] values, Tensor index, Tensor? count,
+        str executor) -> ()""",
     "scale_": "(Tensor(a!)[] tensors, Tensor factor, str executor) -> ()",
 }
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -62,8 +64,22 @@ def evaluate(
     return {"exits": exits, "rows": rows, **known_best}
 
 
-def evaluate_checkpoint(path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The report of the checkpoint at ``path``; ``given`` replaces fields of its config."""
+class Trained(NamedTuple):
+    """What a checkpoint holds, ready to answer: the network on its device, and its images."""
+
+    model: MultiExitNetwork
+    dataset: Dataset
+    config: TrainConfig
+    device: torch.device
+
+
+@contextlib.contextmanager
+def opened(path: Path, given: dict[str, Any]) -> Iterator[Trained]:
+    """The checkpoint at ``path``; ``given`` replaces fields of its config.
+
+    Inside the block its executor computes, with its number of threads. Raises ``CommandError`` if
+    the images are not those that it was trained on.
+    """
     from msdkern.train.run import (
         build_model,
         choose_executor,
@@ -85,13 +101,34 @@ def evaluate_checkpoint(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     model = build_model(config, len(dataset.classes), dataset.input_shape[0])
     model.load_state_dict(state["model"])
     with choose_executor(config.executor), cpu_threads(config, dataset):
+        yield Trained(place(model, device, config).eval(), dataset, config, device)
+
+
+def evaluate_checkpoint(path: Path, given: dict[str, Any], thresholds: str = "") -> dict[str, Any]:
+    """The report of the checkpoint at ``path``; ``given`` replaces fields of its config.
+
+    With a file of ``thresholds`` there is an entry "adaptive": what leaving early by them gives.
+    """
+    with opened(path, given) as trained:
         started = time.perf_counter()
-        report = evaluate(place(model, device, config), dataset, config, device)
+        report = evaluate(trained.model, trained.dataset, trained.config, trained.device)
         seconds = time.perf_counter() - started
+        if thresholds:
+            from msdkern.infer.measure import adaptive_report
+
+            report["adaptive"] = adaptive_report(trained, thresholds)
     return {**report, "checkpoint": str(path), "seconds": seconds}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--thresholds", default="", help="also leave early by this file of msdkern calibrate"
+    )
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that opens a checkpoint."""
     parser.add_argument("checkpoint", help="a file that msdkern train wrote, such as last.pt")
     for name, text in (
         ("root", "folder of the images, if they have moved"),
@@ -103,14 +140,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
+def given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the config that the command line replaces."""
+    names = ("root", "device", "executor", "threads")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
 def run(args: argparse.Namespace) -> int:
     """``msdkern evaluate``: the table that train printed at its end."""
     from msdkern.train.report import table
 
-    names = ("root", "device", "executor", "threads")
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    report = evaluate_checkpoint(Path(args.checkpoint), given)
+    report = evaluate_checkpoint(Path(args.checkpoint), given_fields(args), args.thresholds)
     print(table(report))
+    if "adaptive" in report:
+        from msdkern.infer.measure import sentence
+
+        print(sentence(report["adaptive"]))
     if args.json:
         print(json.dumps(report))
     sys.stdout.flush()

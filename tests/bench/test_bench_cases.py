@@ -54,7 +54,7 @@ def test_headline_shapes_are_there_and_try_every_formulation():
 def test_select_takes_patterns_in_table_order():
     assert [case.name for case in cases.select(["tiny"])] == ["tiny"]
     names = [case.name for case in cases.select(["tiny*", "overhead"])]
-    assert names == ["overhead", "tiny", "tiny_64", "tiny_statistics"]
+    assert names == ["overhead", "tiny", "tiny_64", "tiny_statistics", "tiny_gate"]
     assert {c.device for c in cases.select(device="cuda")} == {"cuda"}
     assert all(c.quick for c in cases.select(quick=True))
 

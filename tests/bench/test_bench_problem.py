@@ -59,16 +59,26 @@ def test_loss_formulations_are_correct(name, pair, dtype):
     assert set(errors) == {"value", "gradient"}
 
 
-@pytest.mark.parametrize("family", ["softmax", "statistics"])
+@pytest.mark.parametrize("family", ["softmax", "statistics", "gate"])
 @pytest.mark.parametrize("which", ["naive", "shared"])
 def test_other_families_are_correct(family, which):
-    problem = Problem(case(family=family))
+    problem = Problem(case(family=family, exits=1 if family == "gate" else 4))
     problem.check(getattr(BASELINES[family], which)(*arguments(problem)))
 
 
-@pytest.mark.parametrize("family", ["loss", "softmax", "statistics"])
+@pytest.mark.parametrize("name", BASELINES["gate"].compiled)
+def test_gate_formulations_are_correct(name):
+    problem = Problem(case(family="gate", exits=1, rows=50))
+    outputs = list(BASELINES["gate"].compiled[name](*arguments(problem)))
+    assert problem.check(outputs)["value"] < 1e-5
+    outputs[2] = outputs[2].flip(0)
+    with pytest.raises(WrongResult, match="value is wrong"):
+        problem.check(outputs)
+
+
+@pytest.mark.parametrize("family", ["loss", "softmax", "statistics", "gate"])
 def test_library_is_correct_in_every_family(family):
-    problem = Problem(case(family=family))
+    problem = Problem(case(family=family, exits=1 if family == "gate" else 4))
     (ours,) = [c for c in contenders(problem, ["eager"]) if c.kind == "msdkern"]
     prepare(ours, problem)
     assert ours.left_out is None

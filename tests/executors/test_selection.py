@@ -12,6 +12,7 @@ from msdkern import executors
 from msdkern.executors import native
 
 OPS = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_statistics")
+GATES = ("exit_gate", "gate_step", "compact_rows", "scatter_rows")
 
 
 @pytest.fixture
@@ -83,6 +84,21 @@ def test_without_the_native_module_a_forced_choice_raises(op, without_native):
     assert str(caught.value) == f"{rule}; {without_native}"
 
 
+def test_an_op_that_an_executor_lacks_is_served_by_the_next(monkeypatch):
+    monkeypatch.delattr(native, "gate_step", raising=False)
+    executors._decide.cache_clear()
+    try:
+        assert executors.select("gate_step", "cpu") == "eager"
+        assert msdkern.gate_step(torch.zeros(2, 3), 0.5).count == 2
+        with (
+            msdkern.executor("cpu"),
+            pytest.raises(RuntimeError, match="cannot serve; "),
+        ):
+            msdkern.gate_step(torch.zeros(2, 3), 0.5)
+    finally:
+        executors._decide.cache_clear()
+
+
 def test_the_executor_of_forward_serves_backward():
     z = [x.requires_grad_() for x in exits()]
     with msdkern.executor("eager"):
@@ -98,11 +114,12 @@ def test_the_executor_of_forward_serves_backward():
 
 
 def test_the_table_and_its_text(without_native):
-    assert executors.table() == {op: {"eager": None, "cpu": without_native} for op in OPS}
+    every = (*OPS, *GATES)
+    assert executors.table() == {op: {"eager": None, "cpu": without_native} for op in every}
     lines = msdkern.explain().splitlines()
     assert lines[0].split() == ["op", "eager", "cpu"]
-    assert [line.split() for line in lines[1:5]] == [[op, "available", "no"] for op in OPS]
-    assert lines[5:] == [f"cpu: {without_native}"]
+    assert [line.split() for line in lines[1:9]] == [[op, "available", "no"] for op in every]
+    assert lines[9:] == [f"cpu: {without_native}"]
 
 
 def test_explain_tells_of_a_forced_choice():

@@ -15,6 +15,7 @@
 static const msdkern_kernels K = {
     msdkern_cpu_loss,    msdkern_cpu_row_losses,       msdkern_cpu_row_losses_backward,
     msdkern_cpu_softmax, msdkern_cpu_softmax_backward, msdkern_cpu_statistics,
+    msdkern_cpu_exit_gate, msdkern_cpu_gate_step, msdkern_cpu_gather_rows, msdkern_cpu_scatter_rows,
     msdkern_cpu_scale};
 #else
 #define JOIN_(a, b) a##b
@@ -224,6 +225,84 @@ static void statistics(int dtype, int N, int C) {
     }
 }
 
+static double measured(int measure, const Row &row, double t) {
+    const Row l = log_softmax(row, t);
+    double best = row[0], first = 0, second = 0, entropy = 0;
+    for (size_t c = 0; c < row.size(); ++c) {
+        const double p = exp(l[c]);
+        best = fmax(best, row[c]), entropy -= p * l[c];
+        if (p > first) second = first, first = p;
+        else if (p > second) second = p;
+    }
+    const double normal = row.size() > 1 ? log(double(row.size())) : 1;
+    const double all[] = {first, first - second, entropy, entropy / normal, best / t};
+    return all[measure];
+}
+
+static void gates(int dtype, int N, int C, int measure, double t) {
+    Buffer z(dtype, size_t(2 * N * C));
+    for (int i = 0; i < 2 * N * C; ++i) z.set(i, floor(uniform() * 64) / 64);
+    const bool low = measure == MSDKERN_ENTROPY || measure == MSDKERN_NORMALIZED_ENTROPY;
+    const int real = dtype == MSDKERN_F64 ? MSDKERN_F64 : MSDKERN_F32;
+    std::vector<double> scores;
+    for (int i = 0; i < 2 * N; ++i) {
+        Row row;
+        for (int c = 0; c < C; ++c) row.push_back(z.get(size_t(i * C + c)));
+        scores.push_back(measured(measure, row, t));
+    }
+    Buffer score(real, size_t(N));
+    std::vector<int64_t> prediction(N), stay(N), index(N);
+    int64_t count = -1;
+    msdkern_gate call = {};
+    call.dtype = dtype, call.exits = 1, call.threads = 2, call.measure = measure;
+    call.rows = call.live = N, call.classes = C;
+    for (int k = 0; k < 2; ++k) {
+        call.logits[k] = z.bytes.data() + size_t(k * N * C) * Buffer::width(dtype);
+        call.stride[k] = C, call.temperature[k] = t, call.threshold[k] = scores[0] + 1e-3;
+    }
+    call.prediction = prediction.data(), call.score = score.bytes.data();
+    call.stay = stay.data(), call.count = &count, call.exit_index = index.data();
+    same("status", K.gate_step(&call), MSDKERN_OK, 0);
+    std::vector<int64_t> expected, others;
+    for (int n = 0; n < N; ++n) {
+        same("score", score.get(n), scores[n], tolerance(real));
+        const bool fires = low ? scores[n] <= call.threshold[0] : scores[n] >= call.threshold[0];
+        (fires ? others : expected).push_back(n);
+    }
+    same("count", double(count), double(expected.size()), 0);
+    expected.insert(expected.end(), others.begin(), others.end());
+    for (int n = 0; n < N; ++n) same("stay", double(stay[n]), double(expected[n]), 0);
+    call.exits = 2;
+    same("status", K.exit_gate(&call), MSDKERN_OK, 0);
+    for (int n = 0; n < N; ++n) {
+        const bool fires = low ? scores[n] <= call.threshold[0] : scores[n] >= call.threshold[0];
+        same("exit", double(index[n]), fires ? 0 : 1, 0);
+        same("score", score.get(n), scores[fires ? n : N + n], tolerance(real));
+    }
+}
+
+static void copies(int N, int bytes) {
+    std::vector<unsigned char> source(N * bytes), target(N * bytes, 7), back(N * bytes, 9);
+    for (size_t i = 0; i < source.size(); ++i) source[i] = (unsigned char)(i * 31);
+    std::vector<int64_t> index;
+    for (int n = N - 1; n >= 0; --n) index.push_back(n);
+    msdkern_copy call = {};
+    call.tensors = 1, call.threads = 2, call.count = N - 1, call.capacity = N, call.limit = N;
+    call.index = index.data(), call.bytes[0] = bytes;
+    call.source[0] = source.data(), call.target[0] = target.data();
+    call.source_stride[0] = call.target_stride[0] = bytes;
+    same("status", K.gather_rows(&call), MSDKERN_OK, 0);
+    call.source[0] = target.data(), call.target[0] = back.data();
+    same("status", K.scatter_rows(&call), MSDKERN_OK, 0);
+    for (int i = 0; i < N * bytes; ++i) {
+        same("past the count", target[(N - 1) * bytes + i % bytes], 0, 0);
+        same("back", back[i], i < bytes ? 9 : source[i], 0);
+    }
+    index[0] = N;
+    same("status", K.gather_rows(&call), MSDKERN_BAD_INDEX, 0);
+    same("bad index", double(call.bad_index), N, 0);
+}
+
 int main() {
     const Shape shapes[] = {{3, 0, 3, 1}, {2, 0, 2, 5}, {4, 0, 2, 16}, {3, 0, 2, 37}, {2, 0, 2, 2801}};
     char name[96];
@@ -241,6 +320,11 @@ int main() {
                     }
     for (int dtype = 0; dtype < 4; ++dtype)
         for (int classes : {1, 2, 15, 16, 17, 63, 131}) statistics(dtype, 3, classes);
+    for (int dtype = 0; dtype < 4; ++dtype)
+        for (int measure = 0; measure <= MSDKERN_MAX_LOGIT; ++measure)
+            for (int classes : {1, 2, 15, 16, 17, 63, 131, 2801})
+                gates(dtype, 5, classes, measure, measure % 2 ? 1.5 : 1);
+    for (int bytes : {1, 3, 4, 8, 24, 513}) copies(6, bytes);
     printf("%d checks, %d wrong\n", checks, wrong);
     return wrong != 0;
 }

@@ -290,6 +290,49 @@ def check_statistics(module, dtype, exits, rows, classes):
         close("statistics", found, true, value)
 
 
+MEASURES = 7  # confidence, margin, entropy, normalised entropy, max logit, patience, a given score
+
+
+def check_gate(module, dtype, exits, rows, classes, measure):
+    """Inside its buffers, and consistent: values are compared with float64 elsewhere."""
+    z = random.normal(size=(exits, rows, classes)) * 2.0
+    stored = [strided(x, dtype, k % 2) for k, x in enumerate(z)]
+    real, code = real_of(dtype), DTYPES.index(dtype)
+    index, prediction, stay, previous = (np.zeros(rows, np.int64) for _ in range(4))
+    score, streak, given = np.empty(rows, real), np.ones(rows, real), np.ones((exits, rows), real)
+    count = np.empty((), np.int64)
+    tables = ([b.ctypes.data for b, _ in stored], [s for _, s in stored], [2.0], [0.5])
+    own = given.ctypes.data if measure == 6 else 0
+    assert module.gate(
+        False, code, 2, measure, rows, rows, classes, *tables, own, 0, 0,
+        [o.ctypes.data for o in (prediction, score, index)],
+    ) == 0  # fmt: skip
+    assert (index < exits).all()
+    live = max(rows - 1, 0)
+    tables = tuple(t[:1] for t in tables)
+    memory = (previous.ctypes.data, streak.ctypes.data) if measure == 5 else (0, 0)
+    assert module.gate(
+        True, code, 2, measure, rows, live, classes, *tables, own, *memory,
+        [o.ctypes.data for o in (prediction, score, stay, count)],
+    ) == 0  # fmt: skip
+    assert sorted(stay) == list(range(rows))
+    assert (stay[:count] < live).all()
+    assert (prediction[:live] >= 0).all()
+
+
+def check_copy(module, rows, sizes):
+    source = [random.integers(0, 255, (rows, n)).astype(np.uint8) for n in sizes]
+    target, back = ([np.zeros((rows, n), np.uint8) for n in sizes] for _ in range(2))
+    index = random.permutation(rows).astype(np.int64)
+    for scatter, a, b in ((False, source, target), (True, target, back)):
+        assert module.copy_rows(
+            scatter, 2, rows, rows, rows, index.ctypes.data, [x.ctypes.data for x in a],
+            [x.ctypes.data for x in b], sizes, sizes, sizes,
+        ) == (0, 0)  # fmt: skip
+    for x, y in zip(source, back, strict=True):
+        assert (x == y).all()
+
+
 def check_scale(module, dtype, sizes):
     data = [random.normal(size=n) for n in sizes]
     stored = [encode(x, dtype) for x in data]
@@ -343,7 +386,12 @@ def everything(module):
             for log in (False, True):
                 check_softmax(module, dtype, exits, rows, classes, log)
             check_statistics(module, dtype, exits, rows, classes)
+            for measure in range(MEASURES):
+                check_gate(module, dtype, exits, rows, classes, measure)
             check_scale(module, dtype, (classes, rows * classes, 16385))
+        for dtype, measure in itertools.product(DTYPES, range(MEASURES)):
+            check_gate(module, dtype, 1, 2, 8193, measure)
+        check_copy(module, 7, [1, 4, 8, 33, 0])
     print("isas", *module.isas(), "calls", count)
 
 
@@ -365,6 +413,16 @@ def lie(module, what):
         outputs = [np.empty((1, 2), np.int64 if i == 2 else np.float32) for i in range(6)]
         z = np.zeros(9, np.float32)
         module.statistics(0, 1, 2, 5, [z.ctypes.data], [5], [o.ctypes.data for o in outputs])
+    elif what == "gate":
+        stay, count = np.empty(3, np.int64), np.empty((), np.int64)
+        outputs = (np.empty(2, np.int64), np.empty(2, np.float32), stay, count)
+        z = np.zeros(15, np.float32)
+        addresses = [o.ctypes.data for o in outputs]
+        module.gate(True, 0, 1, 0, 3, 3, 5, [z.ctypes.data], [5], [1.0], [0.5], 0, 0, 0, addresses)
+    elif what == "copy":
+        x, index = np.zeros(8, np.uint8), np.arange(3)
+        where = ([x.ctypes.data], [x.ctypes.data + 4], [4], [4], [4])
+        module.copy_rows(False, 1, 3, 3, 3, index.ctypes.data, *where)
     print("not noticed", what)
 
 

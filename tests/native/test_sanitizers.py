@@ -10,7 +10,7 @@ def test_every_kernel_stays_inside_its_buffers(drive):
     assert done.stdout.startswith("isas ")
 
 
-@pytest.mark.parametrize("lie", ["rows", "classes", "gradient", "statistics"])
+@pytest.mark.parametrize("lie", ["rows", "classes", "gradient", "statistics", "gate", "copy"])
 def test_a_call_that_lies_about_its_buffers_is_noticed(lie, drive):
     """Without this the test above could not fail."""
     done = drive(lie)

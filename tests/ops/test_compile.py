@@ -145,3 +145,32 @@ def test_the_logits_stay_as_they_are(server):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     compiled(z, y, 2.0, "mutual").backward()
     assert all(torch.equal(x, b) for x, b in zip(z, before, strict=True))
+
+
+def gates(z, threshold):
+    whole = msdkern.exit_gate(z, threshold, "margin", temperature=1.5)
+    step = msdkern.gate_step(z[0], threshold, "entropy")
+    rows = torch.arange(z[0].shape[0])
+    kept, index = msdkern.compact_rows((z[1], rows), step.stay, step.count)
+    after = msdkern.gate_step(kept, threshold, live=step.count)
+    out = torch.zeros_like(step.score)
+    msdkern.scatter_rows(out, after.score, index, step.count)
+    return (*whole, *step, kept, index, *after, out)
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor"])
+def test_gates_in_one_graph_for_every_threshold(kind, server):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gates, fullgraph=True, backend=counter)
+    for threshold in (0.5, 0.3, 0.9, float("inf")):
+        z = make_logits("random", (3, 6, 5), torch.float32)
+        t = torch.tensor(threshold) if kind == "tensor" else threshold
+        found, expected = compiled(z, t), gates(z, t)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    assert counter.frame_count <= (1 if kind == "tensor" else 2)
+
+
+def test_gates_with_inductor(server):
+    z = make_logits("random", (3, 6, 5), torch.float32)
+    compiled = torch.compile(gates, fullgraph=True)
+    torch.testing.assert_close(compiled(z, 0.4), gates(z, 0.4), equal_nan=True)

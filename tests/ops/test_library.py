@@ -44,7 +44,25 @@ def samples(executor, stacked, dtype):
     yield "multi_exit_softmax", (z, t, False, executor)
     yield "multi_exit_softmax_backward", (p, p, t, False, executor)
     yield "exit_statistics", (z, executor)
+    yield from gate_samples(z, executor)
     yield "scale_", ([x.clone() for x in z], torch.tensor(2.0), executor)
+
+
+def gate_samples(z, executor):
+    x, t = z[0] if z[0].dim() == 2 else z[0][0], torch.tensor(2.0, dtype=torch.float64)
+    limits = torch.tensor([0.3, 0.4, 0.5])
+    score, count = torch.rand(SHAPE[:2], generator=generator(2)), torch.tensor(2)
+    score = score.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    prediction, stay = torch.zeros(SHAPE[1], dtype=torch.int64), torch.tensor([2, 0, 1, 3])
+    yield "exit_gate", (z, limits, "entropy", t, None, executor)
+    yield "exit_gate", (z, t, "score", limits, score, executor)
+    yield "gate_step", (x, t, "margin", t, None, None, None, None, executor)
+    live = torch.tensor(SHAPE[1])  # opcheck takes NaN, the score of rows past it, for a difference
+    yield "gate_step", (x, t, "patience", t, None, prediction, score[0], live, executor)
+    yield "compact_rows", ([x, prediction], stay, count, 4, executor)
+    yield "compact_rows", ([x], stay, None, 2, executor)
+    yield "scatter_rows", ([x.clone(), prediction], [x, prediction], stay, count, executor)
+    yield "scatter_rows", ([x.clone()], [x[:2].contiguous()], stay, None, executor)
 
 
 def test_every_registered_op_is_sampled():
@@ -91,6 +109,10 @@ def test_meta_tensors(stacked):
     assert rows.divergence.shape == (3, 4)
     rows.divergence.sum().backward()
     assert msdkern.exit_statistics(given).margin.shape == (3, 4)
+    assert [x.shape for x in msdkern.exit_gate(given, 0.5)] == [(4,)] * 3
+    step = msdkern.gate_step(z.detach()[0], 0.5)
+    assert [x.shape for x in step] == [(4,), (4,), (4,), ()]
+    assert msdkern.compact_rows(z.detach()[0], step.stay, step.count).shape == (4, 5)
     assert [p.shape for p in msdkern.multi_exit_softmax(given, 2.0)] == [(4, 5)] * 3
 
 
