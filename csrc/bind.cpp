@@ -52,7 +52,7 @@ py::tuple loss(int form, int dtype, int threads, int exits, std::int64_t rows, s
                bool mean, double normalizer, const Addresses &outputs) {
     msdkern_loss call = {};
     call.dtype = dtype;
-    call.threads = threads;
+    call.place.threads = threads;
     call.exits = exits;
     call.teachers = static_cast<int>(logits.size()) - exits;
     call.rows = rows;
@@ -107,7 +107,7 @@ int softmax(bool backward, int dtype, int threads, std::int64_t rows, std::int64
             const Addresses &upstream, const Numbers &upstream_strides, const Addresses &output) {
     msdkern_softmax call = {};
     call.dtype = dtype;
-    call.threads = threads;
+    call.place.threads = threads;
     call.exits = static_cast<int>(input.size());
     call.rows = rows;
     call.classes = classes;
@@ -126,7 +126,7 @@ int statistics(int dtype, int threads, std::int64_t rows, std::int64_t classes,
                const Addresses &logits, const Numbers &strides, const Addresses &outputs) {
     msdkern_statistics call = {};
     call.dtype = dtype;
-    call.threads = threads;
+    call.place.threads = threads;
     call.exits = static_cast<int>(logits.size());
     call.rows = rows;
     call.classes = classes;
@@ -145,7 +145,7 @@ int statistics(int dtype, int threads, std::int64_t rows, std::int64_t classes,
 int scale(int dtype, int threads, double factor, const Addresses &data, const Numbers &sizes) {
     msdkern_scale call = {};
     call.dtype = dtype;
-    call.threads = threads;
+    call.place.threads = threads;
     call.factor = factor;
     call.tensors = static_cast<int>(data.size());
     fill(call.data, data);

@@ -61,7 +61,7 @@ static void statistics_row(const msdkern_statistics &call, int k, int64_t n) {
 template <class S>
 static int run_statistics(const msdkern_statistics &call) {
     const Blocks blocks(call.rows * call.exits, call.classes);
-    parallel_for(blocks.count, call.threads, [&](int64_t b) {
+    parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
         for (int64_t i = blocks.first(b); i < blocks.last(b); ++i)
             statistics_row<S>(call, int(i / call.rows), i % call.rows);
     });
