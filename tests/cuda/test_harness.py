@@ -183,8 +183,8 @@ def test_16_bit_types_round_as_numpy_does(samples):
 
     # Every value of either type, half way to the next, and a little to both sides of that.
     values = [wide.ravel()]
-    for column in wide.T.astype(np.float64):
-        ordered = np.sort(column[np.isfinite(column)])
+    for column in wide.T:
+        ordered = np.sort(column[np.isfinite(column)]).astype(np.float64)
         middles = ((ordered[:-1] + ordered[1:]) / 2).astype(np.float32)
         values += [middles, *(np.nextafter(middles, s) for s in np.float32([-np.inf, np.inf]))]
     values = np.concatenate(values)
@@ -197,6 +197,30 @@ def test_16_bit_types_round_as_numpy_does(samples):
     numbers = ~np.isnan(values)
     assert np.array_equal(bfloat[numbers], expected[numbers])
     assert np.isnan((bfloat[~numbers].astype(np.uint32) << 16).view(np.float32)).all()
+
+
+@pytest.mark.parametrize("mode", ["asan", "tsan"])
+def test_python_loads_sanitized_libraries(mode, tmp_path):
+    """An array that is a row too short is noticed, and a right call is not."""
+    if reason := build.missing(mode):
+        pytest.skip(reason)
+    library = build.compile_host([HERE / "samples" / "softmax.cu"], tmp_path / "softmax.so", mode)
+    source = tmp_path / "drive.py"
+    source.write_text(
+        "import ctypes, sys\nimport numpy as np\n"
+        f"library = ctypes.CDLL({str(library)!r})\n"
+        "x, y = np.zeros((2, 7, 128), np.float32)[:, : int(sys.argv[1])].copy()\n"
+        "a, b = (ctypes.c_void_p(v.ctypes.data) for v in (x, y))\n"
+        "for kind in range(3):\n"
+        "    assert library.planted_softmax(kind, 0, a, b, 7, 128) == 0\n"
+        "assert np.allclose(y[:7], 1 / 128)\nprint('done')\n"
+    )
+    done = build.start(source, 7, mode=mode)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.stdout.endswith("done\n")
+    if mode == "asan":
+        done = build.start(source, 6, mode=mode)
+        assert "AddressSanitizer: heap-buffer-overflow" in done.stdout, done.stdout[-6000:]
 
 
 # The dialect ----------------------------------------------------------------------------------

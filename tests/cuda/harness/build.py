@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -121,6 +122,17 @@ def compile_host(sources, out, mode="plain", flags=(), executable=False, optimiz
     shape = () if executable else ("-shared",)
     run("g++", *shape, *link, *objects, *runtime(mode), "-o", out, "-lpthread")
     return out
+
+
+def compile_module(folder, mode="plain", flags=(), optimize="-O1"):
+    """Builds _cuda, as CMakeLists.txt does but for the host, into a folder to import it from."""
+    import pybind11
+
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "cuda").glob("*.cpp"))]
+    includes = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+    flags = (*flags, *includes, '-DMSDKERN_SOURCE_HASH="harness"')
+    out = Path(folder) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return compile_host(sources, out, mode, flags, optimize=optimize)
 
 
 def environment(mode, order="fifo", python=False):

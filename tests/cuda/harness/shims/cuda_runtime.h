@@ -208,13 +208,24 @@ SIMT_STORE(__stwt)
 
 // Arithmetic -----------------------------------------------------------------------------------
 
-// Approximate functions are built as the hardware builds them, from powers and logarithms of two,
-// so that they are about as far from the truth. Macros where glibc has names of its own.
-inline float simt_expf(float x) { return exp2f(x * 1.44269504f); }
-inline float simt_logf(float x) { return log2f(x) * 0.693147181f; }
-#define __expf(x) simt_expf(x)
-#define __exp2f(x) exp2f(x)
-#define __logf(x) simt_logf(x)
+namespace simt {
+
+// The hardware's power of two is not rounded correctly. So that nobody comes to depend on it, the
+// last bit is wrong for two arguments of three, by the argument's bits, between exact powers.
+inline float exp2_approximately(float x) {
+    const float y = exp2f(x), below = exp2f(floorf(x)), above = exp2f(ceilf(x));
+    if (!(y > below && y < above)) return y;
+    const unsigned pick = from_bits<unsigned>(to_bits(x)) * 2654435761u >> 16;
+    return pick % 3 == 0 ? y : nextafterf(y, pick % 3 == 1 ? below : above);
+}
+inline float exp_approximately(float x) { return exp2_approximately(x * 1.44269504f); }
+inline float log_approximately(float x) { return log2f(x) * 0.693147181f; }
+
+}  // namespace simt
+
+// Macros, since glibc has some of these names.
+#define __expf(x) simt::exp_approximately(x)
+#define __logf(x) simt::log_approximately(x)
 #define __log2f(x) log2f(x)
 inline float __fdividef(float x, float y) { return x * (1.0f / y); }
 inline float __frcp_rn(float x) { return 1.0f / x; }

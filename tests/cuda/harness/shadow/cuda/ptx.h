@@ -1,42 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in for csrc/cuda/ptx.h: the same names, with the scheduler's functions instead of PTX.
+// In the place of csrc/cuda/ptx.h: the same names, by the scheduler instead of by PTX.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 namespace msdkern {
 
+#define MSDKERN_DEVICE __device__ __forceinline__
+
 template <class T>
-T *dyn_smem() {
+MSDKERN_DEVICE T *dyn_smem() {
     return static_cast<T *>(simt::dynamic_shared());
 }
 
-inline void cp_async_16(void *to, const void *from, simt::Site site = simt::Site::here()) {
+MSDKERN_DEVICE float exp2_approx(float x) {
+    const float y = simt::exp2_approximately(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+
+MSDKERN_DEVICE void copy_async(void *to, const void *from, simt::Site site = simt::Site::here()) {
     simt::copy_async(to, from, 16, 0, site);
 }
-inline void cp_async_commit() { simt::commit_copies(); }
-template <int newest>
-void cp_async_wait() {
-    simt::wait_copies(newest);
+MSDKERN_DEVICE void wait_copies() {
+    simt::commit_copies();
+    simt::wait_copies(0);
 }
 
-template <class T>
-T load_streaming(const T *from, simt::Site site = simt::Site::here()) {
-    return __ldcs(from, site);
+MSDKERN_DEVICE unsigned cluster_rank() { return simt::cluster_rank(); }
+MSDKERN_DEVICE void cluster_sync(simt::Site site = simt::Site::here()) {
+    simt::cluster_arrive(site);
+    simt::cluster_wait(site);
 }
 template <class T>
-void store_streaming(T *to, T value, simt::Site site = simt::Site::here()) {
-    __stcs(to, value, site);
-}
-
-inline unsigned cluster_rank() { return simt::cluster_rank(); }
-inline unsigned cluster_size() { return simt::cluster_size(); }
-inline void cluster_arrive(simt::Site site = simt::Site::here()) { simt::cluster_arrive(site); }
-inline void cluster_wait(simt::Site site = simt::Site::here()) { simt::cluster_wait(site); }
-template <class T>
-T *map_shared(T *mine, unsigned rank, simt::Site site = simt::Site::here()) {
+MSDKERN_DEVICE T *in_block(T *mine, unsigned rank, simt::Site site = simt::Site::here()) {
     return static_cast<T *>(simt::peer_shared(mine, rank, site));
 }
 
