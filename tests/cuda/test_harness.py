@@ -48,6 +48,7 @@ BUGS = {
     "missing_wait": Caught(says="nobody waited", line="__pipeline_memcpy_async"),
     "wait_for_too_few": Caught(wrong=True),
     "missing_cluster_sync": Caught(wrong=True, tsan=True),
+    "peer_not_started": Caught(says="may not have started", line="map_shared_rank"),
     "missing_final_cluster_sync": Caught(says="missing cluster barrier", line="map_shared_rank"),
     "read_after_exit": Caught(wrong=True, asan="AddressSanitizer: use-after-poison"),
     "static_shared_in_cluster": Caught(says="static __shared__"),

@@ -115,8 +115,8 @@ def compile_host(sources, out, mode="plain", flags=(), executable=False, optimiz
     moved = [root / s.relative_to(CSRC) if s.is_relative_to(CSRC) else s for s in sources]
     kernels, _, link = MODES[mode]
     _compile_all(
-        ("g++", *KERNELS, optimize, *kernels, "-iquote", root, *flags, "-x", "c++", "-c", source,
-         "-o", target)
+        ("g++", *KERNELS, optimize, *kernels, "-iquote", root, f"-ffile-prefix-map={root}={CSRC}",
+         *flags, "-x", "c++", "-c", source, "-o", target)
         for source, target in zip(moved, objects, strict=True)
     )  # fmt: skip
     shape = () if executable else ("-shared",)

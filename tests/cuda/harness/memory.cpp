@@ -146,8 +146,11 @@ void *peer_shared(const void *mine, unsigned rank, Site site) {
     if (offset < 0 || std::size_t(offset) >= launch.shared)
         fail(site, "cluster: not an address in this block's dynamic shared memory");
     Block &peer = state.blocks[rank];
+    if (&peer == &block) return const_cast<void *>(mine);
+    if (state.blocks[0].cluster_barrier.generation == 0)
+        fail(site, "missing cluster barrier: block %u may not have started yet", rank);
     if (!peer.shared) fail(site, "missing cluster barrier: block %u has left", rank);
-    if (&peer != &block) peer.reached_by_peer = site;
+    peer.reached_by_peer = site;
     return peer.shared + offset;
 }
 

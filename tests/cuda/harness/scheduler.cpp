@@ -183,7 +183,6 @@ void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index
     block.first = &state.threads[rank * threads];
     block.threads = block.live = threads;
     block.warps = &state.warps[rank * warps];
-    allocate_shared(block, launch.shared);
     for (unsigned i = 0; i < threads; ++i) {
         Thread &t = block.first[i];
         const Fiber fiber = t.fiber;
@@ -230,6 +229,7 @@ bool run_together(const Launch &launch, Shape origin, Shape extent) {
     state.failed = false;
     state.spins = 0;
     turns.clear();
+    for (Block &block : state.blocks) allocate_shared(block, launch.shared);
     unsigned rank = 0;
     for (unsigned z = 0; z < extent.z; ++z)
         for (unsigned y = 0; y < extent.y; ++y)

@@ -6,15 +6,16 @@ namespace planted::clusters {
 
 constexpr int kThreads = 32, kBlocks = 4;
 
-enum Missing { kNone, kFirst, kFinal };
+enum Missing { kNone, kStart, kMiddle, kFinal };
 
 // Each block shows a value; every block adds up all of them.
 template <int missing>
 __global__ void add_up(const float *in, float *out) {
     const auto cluster = cg::this_cluster();
     float *mine = dyn_smem<float>();
+    cluster.sync();
     mine[threadIdx.x] = in[blockIdx.x * kThreads + threadIdx.x];
-    if (missing != kFirst) cluster.sync();
+    if (missing != kMiddle) cluster.sync();
     float sum = 0;
     for (unsigned r = 0; r < cluster.num_blocks(); ++r)
         sum += cluster.map_shared_rank(mine, r)[threadIdx.x];
@@ -42,7 +43,7 @@ Outcome sums(void (*kernel)(const float *, float *)) {
 
 template <bool broken>
 Outcome missing_cluster_sync() {
-    return sums(add_up<broken ? kFirst : kNone>);
+    return sums(add_up<broken ? kMiddle : kNone>);
 }
 PLANTED_CASE(missing_cluster_sync, missing_cluster_sync);
 template <bool broken>
@@ -51,12 +52,45 @@ Outcome missing_final_cluster_sync() {
 }
 PLANTED_CASE(missing_final_cluster_sync, missing_final_cluster_sync);
 
-// The address is taken once, before the first barrier; only the memory itself tells.
+// Each block gets the values of the block `by` further on.
+Outcome rotated(void (*kernel)(const float *, float *), int by) {
+    const int n = kBlocks * kThreads;
+    const std::vector<float> in = numbers(n);
+    Device<float> x(in), y(std::vector<float>(n, 0.0f));
+    const unsigned shared = kThreads * sizeof(float);
+    const cudaError_t error = launch({kBlocks, kThreads, shared, kBlocks}, kernel,
+                                     (const float *)x.get(), y.get());
+    const std::vector<float> out = y.values();
+    bool right = true;
+    for (int i = 0; i < n; ++i) right &= out[i] == in[(i + by * kThreads) % n];
+    return outcome(error, right);
+}
+
+// Writes where the block that should be there may not have started.
 template <bool broken>
-__global__ void add_up_mapped_early(const float *in, float *out) {
+__global__ void show_next(const float *in, float *out) {
     const auto cluster = cg::this_cluster();
     float *mine = dyn_smem<float>();
     const unsigned next = (cluster.block_rank() + 1) % cluster.num_blocks();
+    if (!broken) cluster.sync();
+    cluster.map_shared_rank(mine, next)[threadIdx.x] = in[blockIdx.x * kThreads + threadIdx.x];
+    cluster.sync();
+    out[blockIdx.x * kThreads + threadIdx.x] = mine[threadIdx.x];
+}
+
+template <bool broken>
+Outcome peer_not_started() {
+    return rotated(show_next<broken>, kBlocks - 1);
+}
+PLANTED_CASE(peer_not_started, peer_not_started);
+
+// The address is taken once, before the last barrier; only the memory itself tells.
+template <bool broken>
+__global__ void read_next(const float *in, float *out) {
+    const auto cluster = cg::this_cluster();
+    float *mine = dyn_smem<float>();
+    const unsigned next = (cluster.block_rank() + 1) % cluster.num_blocks();
+    cluster.sync();
     const float *theirs = cluster.map_shared_rank(mine, next);
     mine[threadIdx.x] = in[blockIdx.x * kThreads + threadIdx.x];
     cluster.sync();
@@ -66,16 +100,7 @@ __global__ void add_up_mapped_early(const float *in, float *out) {
 
 template <bool broken>
 Outcome read_after_exit() {
-    const int n = kBlocks * kThreads;
-    const std::vector<float> in = numbers(n);
-    Device<float> x(in), y(std::vector<float>(n, 0.0f));
-    const unsigned shared = kThreads * sizeof(float);
-    const cudaError_t error = launch({kBlocks, kThreads, shared, kBlocks},
-                                     add_up_mapped_early<broken>, (const float *)x.get(), y.get());
-    const std::vector<float> out = y.values();
-    bool right = true;
-    for (int i = 0; i < n; ++i) right &= out[i] == in[(i + kThreads) % n];
-    return outcome(error, right);
+    return rotated(read_next<broken>, 1);
 }
 PLANTED_CASE(read_after_exit, read_after_exit);
 
