@@ -43,7 +43,6 @@ void leave(Barrier &barrier, unsigned generation, const char *name, Site site) {
     if (barrier.generation == generation) wait_for(&barrier, name, site);
     else let_others_run();
     order_acquire(&barrier.order[generation & 1]);
-    state.current->fenced = false;
 }
 
 int meet(Barrier &barrier, unsigned expected, bool yes, const char *name, Site site, Thread *first,

@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 #ifdef SIMT_ASAN
 #include <sanitizer/asan_interface.h>
@@ -194,28 +195,36 @@ void check_copies(Thread &t) {
     if (!t.copies.empty()) fail(t.copies[0].site, "nobody waited for the asynchronous copy made here");
 }
 
-// A fence orders what came before it with the atomics after it, and the atomics before it with what
-// comes after. A barrier brings in new accesses, which want a fence of their own.
+// Fences are sequentially consistent: what came before one in some thread is seen by what comes
+// after one in another, if an atomic after the first was seen by one before the second. Threads of a
+// block may share the work: all fence, meet, one does the atomic; the other way round elsewhere. So
+// what a block's fences came after travels with its atomics, by a courier that knows nothing else.
 void before_atomic(const void *address, std::size_t bytes, Site site) {
     check_aligned(address, bytes, site);
     if (++state.spins > kSpins) fail(site, "timeout: atomics all the time and nobody gets on");
     state.current->site = site;
     step_back();
-    if (state.current->fenced) order_release(const_cast<void *>(address));
+#ifdef SIMT_TSAN
+    Block &block = *state.current->block;
+    __tsan_switch_to_fiber(block.courier.tsan, __tsan_switch_to_fiber_no_sync);
+    order_acquire(&block.fence_order);
+    order_release(const_cast<void *>(address));
+    __tsan_switch_to_fiber(state.current->fiber.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
 }
 
 void after_atomic(const void *address) {
-    Thread &t = *state.current;
-    t.seen[t.seen_count++ % 8] = address;
+    Block &block = *state.current->block;
+    for (const void *known : block.atomics)
+        if (known == address) return;
+    block.atomics[block.atomic_count++ % std::size(block.atomics)] = address;
 }
 
 void fence() {
-    Thread &t = *state.current;
-    for (const void *&address : t.seen) {
+    Block &block = *state.current->block;
+    for (const void *address : block.atomics)
         if (address) order_acquire(const_cast<void *>(address));
-        address = nullptr;
-    }
-    t.fenced = true;
+    order_release(&block.fence_order);
 }
 
 unsigned lane() { return state.current->lane; }

@@ -183,6 +183,9 @@ void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index
     block.first = &state.threads[rank * threads];
     block.threads = block.live = threads;
     block.warps = &state.warps[rank * warps];
+#ifdef SIMT_TSAN
+    block.courier.tsan = __tsan_create_fiber(0);
+#endif
     for (unsigned i = 0; i < threads; ++i) {
         Thread &t = block.first[i];
         const Fiber fiber = t.fiber;
@@ -218,6 +221,7 @@ void spend_fibers() {
         spent.push_back(state.threads[i].fiber);
         state.threads[i].fiber = Fiber();
     }
+    for (const Block &block : state.blocks) spent.push_back(block.courier);
 }
 #endif
 

@@ -47,7 +47,7 @@ void copy_async(void *to, const void *from, std::size_t bytes, std::size_t zeros
 void commit_copies();
 void wait_copies(unsigned newest);  // all but the newest groups
 
-// Around every atomic access: lets others run, and orders memory where a fence asks for it.
+// Around every atomic access: lets others run, and notes what fences may order.
 void before_atomic(const void *address, std::size_t bytes, Site site);
 void after_atomic(const void *address);
 void fence();

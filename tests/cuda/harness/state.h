@@ -41,9 +41,6 @@ struct Thread {
     unsigned cluster_generation = 0;
     std::vector<Copy> copies;
     unsigned copy_group = 0;
-    const void *seen[8] = {};  // atomics since the last fence, for after_atomic
-    unsigned seen_count = 0;
-    bool fenced = false;
 };
 
 struct Barrier {
@@ -81,6 +78,11 @@ struct Block {
     Barrier barrier[kNamedBarriers];
     Barrier cluster_barrier, grid_barrier;  // used in the first block for all
     char *shared = nullptr;
+    // For fences: where the block's atomics were, and what its fences came after.
+    const void *atomics[8] = {};
+    unsigned atomic_count = 0;
+    long long fence_order = 0;
+    Fiber courier;
     Site reached_by_peer;  // where another block took an address here since the last cluster barrier
 };
 

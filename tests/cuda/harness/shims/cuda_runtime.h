@@ -134,8 +134,6 @@ SIMT_REDUCE(xor, unsigned, kXor)
 // Memory ---------------------------------------------------------------------------------------
 
 inline void __threadfence() { simt::fence(); }
-inline void __threadfence_block() { simt::fence(); }
-inline void __threadfence_system() { simt::fence(); }
 
 namespace simt {
 
