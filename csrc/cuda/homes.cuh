@@ -72,7 +72,9 @@ struct Shared {
     MSDKERN_DEVICE Shared(const Plan &plan, const Team &team)
         : held(reinterpret_cast<uint4 *>(dyn_smem<unsigned char>() + plan.rows_at)),
           values(reinterpret_cast<Real *>(dyn_smem<unsigned char>() + plan.values_at)),
-          lanes(team.lanes), threads(blockDim.x), keeps_(plan.keeps) {}
+          lanes(team.lanes),
+          threads(blockDim.x),
+          keeps_(plan.keeps) {}
     // One wait for all loads: as many are in flight as the row set has.
     MSDKERN_DEVICE void load(const msdkern_loss &call, const Cut<S> &cut, int rows, int64_t n) {
         chunks = cut.chunks;

@@ -2,6 +2,10 @@
 // The host's side of a call: the device, the layout of shared memory, the launch.
 #pragma once
 
+#include <map>
+#include <mutex>
+#include <string>
+
 #include "loss.cuh"
 
 namespace msdkern {
@@ -40,8 +44,8 @@ cudaError_t launch(void *stream, int64_t grid, int threads, int cluster, int64_t
                    void (*kernel)(Parameters...), const Arguments &...arguments) {
     cudaError_t error = cudaSuccess;
     if (shared > 48 * 1024)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     int(shared));
+        error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error == cudaSuccess && cluster > 8)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
@@ -57,6 +61,32 @@ cudaError_t launch(void *stream, int64_t grid, int threads, int cluster, int64_t
     config.attrs = &attribute;
     config.numAttrs = cluster > 1;
     return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// Classes are counted in 32 bits, with room for the last step of a team.
+constexpr int64_t kMostClasses = INT32_MAX - (1 << 20);
+
+inline int most_resident() {
+    int most = 0;
+    for (const Rung &rung : kLadder) most = rung.resident > most ? rung.resident : most;
+    return most;
+}
+
+// f(a value of the storage type) for a dtype code, or MSDKERN_BAD_SIZE.
+template <class F>
+int with_dtype(int dtype, F f) {
+    switch (dtype) {
+        case MSDKERN_F32:
+            return f(float());
+        case MSDKERN_F16:
+            return f(__half());
+        case MSDKERN_BF16:
+            return f(bfloat());
+        case MSDKERN_F64:
+            return f(double());
+        default:
+            return MSDKERN_BAD_SIZE;
+    }
 }
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }

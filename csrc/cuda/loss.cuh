@@ -89,7 +89,12 @@ struct LossKernel {
 
     MSDKERN_DEVICE LossKernel(const msdkern_loss &c, const Plan &p, Form f, const Team &t,
                               const Cut<S> &cut, const Factors &factor_, unsigned char *memory)
-        : call(c), plan(p), form(f), team(t), factor(factor_), s(c, p, t, cut, memory),
+        : call(c),
+          plan(p),
+          form(f),
+          team(t),
+          factor(factor_),
+          s(c, p, t, cut, memory),
           home(p, t),
           sums(reinterpret_cast<double *>(memory + p.team_bytes) - p.fields) {
         for (int i = team.local; i < plan.fields; i += team.lanes) sums[i] = 0;
@@ -266,11 +271,12 @@ template <class Real>
 MSDKERN_DEVICE void add_up(const msdkern_loss &call, const Plan &plan, const Factors &factor,
                            Block &block) {
     Tally *tally = static_cast<Tally *>(call.place.workspace);
-    double *all = reinterpret_cast<double *>(static_cast<char *>(call.place.workspace) +
-                                             kTallyBytes);
+    double *all =
+        reinterpret_cast<double *>(static_cast<char *>(call.place.workspace) + kTallyBytes);
     const int blocks = int(gridDim.x) / plan.blocks, mine = int(blockIdx.x) / plan.blocks;
     const auto sums_of = [&](int team) {
-        unsigned char *end = dyn_smem<unsigned char>() + plan.team_at + (team + 1) * plan.team_bytes;
+        unsigned char *end =
+            dyn_smem<unsigned char>() + plan.team_at + (team + 1) * plan.team_bytes;
         return reinterpret_cast<double *>(end) - plan.fields;
     };
     __syncthreads();
@@ -289,7 +295,8 @@ MSDKERN_DEVICE void add_up(const msdkern_loss &call, const Plan &plan, const Fac
     const Team warp(32, 1);
     for (int f = warp.index; f < plan.fields; f += int(blockDim.x) / 32) {
         double sum = 0;
-        for (int b = warp.local; b < blocks; b += 32) sum += __ldcg(all + int64_t(b) * plan.fields + f);
+        for (int b = warp.local; b < blocks; b += 32)
+            sum += __ldcg(all + int64_t(b) * plan.fields + f);
         sum = over_lanes<Sum>(warp, sum);
         if (warp.local == 0) total[f] = sum;
     }
@@ -297,10 +304,12 @@ MSDKERN_DEVICE void add_up(const msdkern_loss &call, const Plan &plan, const Fac
     const int exits = call.exits, pairs = plan.fields - 3 * exits;
     for (int k = threadIdx.x; k < exits; k += blockDim.x) {
         static_cast<Real *>(call.cross_entropy)[k] = Real(factor.mean_ce * total[k]);
-        static_cast<Real *>(call.divergence_mean)[k] = Real(factor.mean_rows * total[2 * exits + k]);
+        static_cast<Real *>(call.divergence_mean)[k] =
+            Real(factor.mean_rows * total[2 * exits + k]);
     }
     for (int i = threadIdx.x; i < pairs; i += blockDim.x)
-        static_cast<Real *>(call.pair_divergence)[i] = Real(factor.mean_rows * total[3 * exits + i]);
+        static_cast<Real *>(call.pair_divergence)[i] =
+            Real(factor.mean_rows * total[3 * exits + i]);
     if (threadIdx.x != 0) return;
     double loss = 0;
     for (int k = 0; k < exits; ++k)

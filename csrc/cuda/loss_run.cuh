@@ -22,14 +22,17 @@ class Chooser {
  public:
     typedef RealOf<S> Real;
     Chooser(const msdkern_loss &call, Form form, bool general)
-        : call_(call), machine_(machine(call.place.device)), rows_(call.exits + call.teachers),
+        : call_(call),
+          machine_(machine(call.place.device)),
+          rows_(call.exits + call.teachers),
           registers_(!general && call.pairs != MSDKERN_PAIRS_DENSE && sizeof(S) <= 4) {
         plan_.vector = true;
         for (int r = 0; r < rows_; ++r)
             plan_.vector &= on_vectors<S>(call.logits[r], call.stride[r]);
         for (int k = 0; k < call.exits; ++k)
             if (call.gradient[k]) plan_.vector &= on_vectors<S>(call.gradient[k], call.classes);
-        plan_.fields = form != Form::kScalar ? 0 : call.exits * (3 + (call.pair_divergence ? rows_ : 0));
+        plan_.fields =
+            form != Form::kScalar ? 0 : call.exits * (3 + (call.pair_divergence ? rows_ : 0));
         plan_.slots = 3 * rows_ + 1;
         plan_.counted = kCounted;
     }
@@ -68,8 +71,9 @@ class Chooser {
         const int warps = rung.lanes < 32 ? 1 : rung.lanes / 32;
         const int64_t reals = int64_t(call_.exits) * rows_ +
                               int64_t(Exchange<Real>::size(p.slots, warps, rung.blocks));
-        const int64_t team = aligned(int64_t(sizeof(RowState<Real>)) * rows_ +
-                                     reals * int64_t(sizeof(Real))) + aligned(p.fields * 8);
+        const int64_t team =
+            aligned(int64_t(sizeof(RowState<Real>)) * rows_ + reals * int64_t(sizeof(Real))) +
+            aligned(p.fields * 8);
         const int64_t values = rung.home == Home::kRegisters
                                    ? 0
                                    : int64_t(call_.exits) * threads * int64_t(sizeof(Real));

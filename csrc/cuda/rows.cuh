@@ -83,13 +83,17 @@ MSDKERN_DEVICE void each_down(int n, F f) {
 
 // Threads that work on one sample: a part of a warp, a block, or a cluster of blocks.
 struct Team {
-    int lanes;            // threads of this block
-    int local, index;     // which of them; which team of the block
-    int blocks, block;    // of the cluster
-    unsigned mask;        // lanes of this warp
+    int lanes;          // threads of this block
+    int local, index;   // which of them; which team of the block
+    int blocks, block;  // of the cluster
+    unsigned mask;      // lanes of this warp
     MSDKERN_DEVICE Team(int lanes_, int blocks_)
-        : lanes(lanes_), local(threadIdx.x % lanes_), index(threadIdx.x / lanes_), blocks(blocks_),
-          block(blocks_ > 1 ? int(cluster_rank()) : 0), mask(~0u) {
+        : lanes(lanes_),
+          local(threadIdx.x % lanes_),
+          index(threadIdx.x / lanes_),
+          blocks(blocks_),
+          block(blocks_ > 1 ? int(cluster_rank()) : 0),
+          mask(~0u) {
         if (lanes < 32) mask = ((1u << lanes) - 1) << (threadIdx.x % 32 / lanes * lanes);
     }
     MSDKERN_DEVICE int width() const { return lanes < 32 ? lanes : 32; }
@@ -113,7 +117,9 @@ struct Cut {
     int classes, member, members, chunks;
     bool vector;
     MSDKERN_DEVICE Cut(const Team &team, int64_t classes_, bool vector_)
-        : classes(int(classes_)), member(team.member()), members(team.members()),
+        : classes(int(classes_)),
+          member(team.member()),
+          members(team.members()),
           chunks(int((classes_ + int64_t(V) * members - 1) / (int64_t(V) * members))),
           vector(vector_) {}
     MSDKERN_DEVICE int first(int i) const {
@@ -202,7 +208,9 @@ struct Exchange {
         return size_t(slots) * (warps + 2 + (blocks > 1 ? 2 * blocks : 0));
     }
     MSDKERN_DEVICE Exchange(Real *memory, int slots_, const Team &team)
-        : slots(slots_), part(memory), total(part + slots_ * team.warps()),
+        : slots(slots_),
+          part(memory),
+          total(part + slots_ * team.warps()),
           peers(total + 2 * slots_) {}
     MSDKERN_DEVICE Real *next() const { return total + (turn ^ 1) * slots; }
     MSDKERN_DEVICE Real get(int slot) const { return total[turn * slots + slot]; }

@@ -12,7 +12,8 @@ enum class Form { kScalar, kRows, kRowsBackward };
 template <class Real>
 struct alignas(16) RowState {
     Real maximum, inverse_t, gap, n;  // 1 / S at T; log S less the deepest exit's; sum_j w_ij
-    Real pair_scale, p_scale, mass_scale, log_t;  // dL/dD_i; gradient of CE: p_scale e - mass_scale u
+    Real pair_scale, p_scale, mass_scale,
+        log_t;                        // dL/dD_i; gradient of CE: p_scale e - mass_scale u
     Real slack, share, value, total;  // D_i = share sum_j ..., its value, sum_c dL/dl
     Real ce;                          // CE_i
     double log;                       // log S
@@ -58,10 +59,14 @@ struct Sample {
 
     MSDKERN_DEVICE Sample(const msdkern_loss &c, const Plan &plan, const Team &t,
                           const Cut<S> &cut_, unsigned char *memory)
-        : call(c), team(t), cut(cut_),
+        : call(c),
+          team(t),
+          cut(cut_),
           exchange(exchange_at(memory, c), plan.slots, t),
           state(reinterpret_cast<RowState<Real> *>(memory)),
-          weight(weight_at(memory, c)), exits(c.exits), rows(c.exits + c.teachers) {
+          weight(weight_at(memory, c)),
+          exits(c.exits),
+          rows(c.exits + c.teachers) {
         const double given = c.temperature_at ? double(*real(c.temperature_at)) : c.temperature;
         const double temperature = given > 0 && given <= 1e300 ? given : double(NAN);
         const double by = c.pair_scale_at ? double(*real(c.pair_scale_at)) : c.pair_scale;
@@ -69,7 +74,11 @@ struct Sample {
         inverse_t = Real(1 / temperature);
         divergent = c.pairs != MSDKERN_PAIRS_NONE || c.pair_divergence;
         if (!divergent) inverse_t = 1;
-        power = inverse_t == 1 ? 1 : temperature == 2 ? 2 : temperature == 3 ? 3 : temperature == 4 ? 4 : 0;
+        power = inverse_t == 1     ? 1
+                : temperature == 2 ? 2
+                : temperature == 3 ? 3
+                : temperature == 4 ? 4
+                                   : 0;
         dense_target = c.target || (c.label && c.label_smoothing != 0);
         smoothing = Real(c.label_smoothing / double(c.classes));
         on_label = Real(1 - c.label_smoothing);

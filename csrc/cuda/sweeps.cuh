@@ -20,10 +20,15 @@ struct Mixture {
     Real reference_gap = 0;
     // mass = sum_j w_j q_j, moment = sum_j w_j q_j d_j with d relative to a reference exit. For
     // mutual pairs probabilities are summed less the deepest exit's: exact where exits agree.
-    Real reference[V] = {}, mass[V] = {}, moment[V] = {}, deepest[V] = {}, excess[V] = {}, u[V] = {};
+    Real reference[V] = {}, mass[V] = {}, moment[V] = {}, deepest[V] = {}, excess[V] = {},
+         u[V] = {};
 
     MSDKERN_DEVICE Mixture(const Sample<S> &s_, Home &h, int chunk)
-        : s(s_), home(h), i(chunk), pairs(s_.call.pairs), mutual(pairs == MSDKERN_PAIRS_MUTUAL),
+        : s(s_),
+          home(h),
+          i(chunk),
+          pairs(s_.call.pairs),
+          mutual(pairs == MSDKERN_PAIRS_MUTUAL),
           soft(s_.call.divergence == MSDKERN_SOFT_CE) {
         if (s.dense_target && s.gradient) s.masses(i, u);
     }
@@ -144,9 +149,8 @@ MSDKERN_DEVICE void sweep_students(Sample<S> &s, Home &home) {
             mixture.cross_entropies();
     });
     if (!s.divergent) return;
-    each<Home::kRows>(s.exits, [&](int k) {
-        s.exchange.template put<Sum>(s.team, k, home.value(k));
-    });
+    each<Home::kRows>(s.exits,
+                      [&](int k) { s.exchange.template put<Sum>(s.team, k, home.value(k)); });
     s.exchange.template finish<Sum>(s.team, s.exits);
     for (int k = s.team.local; k < s.exits; k += s.team.lanes)
         s.state[k].value = s.state[k].share * s.exchange.get(k);
@@ -262,8 +266,7 @@ struct Pairs {
                 derivative(k, c, l, q, h);
                 const Real total = s.state[k].total;
 #pragma unroll
-                for (int v = 0; v < V; ++v)
-                    h[v] = softmax_jacobian(h[v], q[v], total, s.inverse_t);
+                for (int v = 0; v < V; ++v) h[v] = softmax_jacobian(h[v], q[v], total, s.inverse_t);
                 s.terms(home, k, c, x, e);
                 s.write(home, k, c, h, e, x, u);
             }
