@@ -39,6 +39,7 @@ BUGS = {
     "missing_barrier": Caught(wrong=True, tsan=True),
     "reused_buffer": Caught(wrong=True, tsan=True),
     "barrier_after_staging": Caught(tsan=True),
+    "barrier_after_atomics": Caught(tsan=True),
     "missing_syncwarp": Caught(tsan=True),
     "divergent_barrier": Caught(says="divergent barrier", line="__syncthreads();"),
     "early_exit": Caught(says="early exit", line="__syncthreads();"),

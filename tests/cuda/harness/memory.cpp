@@ -54,7 +54,7 @@ struct Found {
     const void *code;
     unsigned char *begin;
     std::size_t size;
-};
+} static_shared;  // of the launch
 
 int look(dl_phdr_info *info, size_t, void *data) {
     auto &found = *static_cast<Found *>(data);
@@ -77,10 +77,10 @@ int look(dl_phdr_info *info, size_t, void *data) {
 
 StaticShared::StaticShared(const Launch &launch) {
     anchor = 0;
-    Found found = {launch.kernel, nullptr, 0};
-    dl_iterate_phdr(look, &found);
-    begin_ = found.begin;
-    size_ = found.size;
+    static_shared = {launch.kernel, nullptr, 0};
+    dl_iterate_phdr(look, &static_shared);
+    begin_ = static_shared.begin;
+    size_ = static_shared.size;
     before_.assign(begin_, begin_ + size_);
 }
 
@@ -135,6 +135,18 @@ void free_retired() {
     retired.clear();
     retired_copies.clear();
 }
+
+namespace {
+
+bool in_shared(const void *address) {
+    const auto *p = static_cast<const char *>(address);
+    for (const Block &block : state.blocks)
+        if (block.shared && p >= block.shared && p < block.shared + state.launch->shared) return true;
+    const auto *begin = reinterpret_cast<const char *>(static_shared.begin);
+    return p >= begin && p < begin + static_shared.size;
+}
+
+}  // namespace
 
 void *dynamic_shared() { return state.current->block->shared; }
 unsigned dynamic_shared_size() { return unsigned(state.launch->shared); }
@@ -199,7 +211,7 @@ void check_copies(Thread &t) {
 // after one in another, if an atomic after the first was seen by one before the second. Threads of a
 // block may share the work: all fence, meet, one does the atomic; the other way round elsewhere. So
 // what a block's fences came after travels with its atomics, by a courier that knows nothing else.
-void before_atomic(const void *address, std::size_t bytes, Site site) {
+bool before_atomic(const void *address, std::size_t bytes, Site site) {
     check_aligned(address, bytes, site);
     if (++state.spins > kSpins) fail(site, "timeout: atomics all the time and nobody gets on");
     state.current->site = site;
@@ -211,6 +223,7 @@ void before_atomic(const void *address, std::size_t bytes, Site site) {
     order_release(const_cast<void *>(address));
     __tsan_switch_to_fiber(state.current->fiber.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
+    return in_shared(address);
 }
 
 void after_atomic(const void *address) {

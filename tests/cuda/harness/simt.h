@@ -48,7 +48,9 @@ void commit_copies();
 void wait_copies(unsigned newest);  // all but the newest groups
 
 // Around every atomic access: lets others run, and notes what fences may order.
-void before_atomic(const void *address, std::size_t bytes, Site site);
+// Whether the race detector should see the access: not in global memory, where a plain access may
+// be ordered by what an atomic has seen, which it does not understand.
+bool before_atomic(const void *address, std::size_t bytes, Site site);
 void after_atomic(const void *address);
 void fence();
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Barriers of a block: missing, divergent, left early.
+#include <algorithm>
+
 #include "planted.h"
 
 namespace planted::barriers {
@@ -94,5 +96,28 @@ Outcome early_exit() {
     return outcome(error, y.values() == std::vector<float>(kThreads, 1.0f));
 }
 PLANTED_CASE(early_exit, early_exit);
+
+// An atomic in shared memory is no barrier either.
+template <bool broken>
+__global__ void find_least(const int *in, int *out) {
+    __shared__ int least;
+    if (threadIdx.x == 0) least = in[0];
+    __syncthreads();
+    atomicMin(&least, in[threadIdx.x]);
+    if (!broken) __syncthreads();
+    out[threadIdx.x] = least;
+}
+
+template <bool broken>
+Outcome barrier_after_atomics() {
+    std::vector<int> in;
+    for (float x : numbers(kThreads)) in.push_back(int(x * 1000));
+    Device<int> x(in), y(std::vector<int>(kThreads, 0));
+    const cudaError_t error = launch({1, kThreads}, find_least<broken>, (const int *)x.get(), y.get());
+    bool right = true;
+    for (int v : y.values()) right &= broken || v == *std::min_element(in.begin(), in.end());
+    return outcome(error, right);
+}
+PLANTED_CASE(barrier_after_atomics, barrier_after_atomics);
 
 }  // namespace planted::barriers

@@ -139,13 +139,25 @@ namespace simt {
 
 // old = *p; *p = f(old), as one relaxed access.
 template <class T, class F>
-T atomic(T *p, F f, Site site) {
-    before_atomic(p, sizeof *p, site);
-    T old;
+__attribute__((always_inline)) inline T exchange_here(T *p, F f) {
+    T old, next;
     __atomic_load(p, &old, __ATOMIC_RELAXED);
-    T next = f(old);
-    while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
-        next = f(old);
+    do next = f(old);
+    while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return old;
+}
+template <class T, class F>
+T exchange(T *p, F f) {
+    return exchange_here(p, f);
+}
+template <class T, class F>
+__attribute__((noinline, no_sanitize("thread"))) T exchange_unseen(T *p, F f) {
+    return exchange_here(p, f);
+}
+template <class T, class F>
+T atomic(T *p, F f, Site site) {
+    const bool seen = before_atomic(p, sizeof *p, site);
+    const T old = seen ? exchange(p, f) : exchange_unseen(p, f);
     after_atomic(p);
     return old;
 }
