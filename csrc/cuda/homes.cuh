@@ -26,11 +26,14 @@ MSDKERN_DEVICE const S *row_of(const msdkern_loss &call, int r, int64_t n) {
     return static_cast<const S *>(call.logits[r]) + n * call.stride[r];
 }
 
+// For calls of the common kind alone (`kLean`): rows of whole chunks, labels as targets, forward KL
+// with named pairs. All loops are unrolled here, and every option would be there K times.
 template <class S, int kRows_, int kChunks_>
 struct Registers {
     typedef RealOf<S> Real;
+    static constexpr bool kLean = true;
     static constexpr int V = kVector<S>, kRows = kRows_, kChunks = kChunks_;
-    static constexpr bool kKeeps = kRows * kChunks * V <= 64;
+    static constexpr bool kKeeps = kRows * kChunks * V <= 0;
     uint4 held[kRows][kChunks];
     Real exponentials[kKeeps ? kRows : 1][kKeeps ? kChunks : 1][V];
     Real sums[kRows];
@@ -38,9 +41,8 @@ struct Registers {
     MSDKERN_DEVICE Registers(const Plan &, const Team &) {}
     MSDKERN_DEVICE void load(const msdkern_loss &call, const Cut<S> &cut, int rows, int64_t n) {
         each<kRows>(rows, [&](int r) {
-            each<kChunks>(cut.chunks, [&](int i) {
-                held[r][i] = cut.load(row_of<S>(call, r, n), i, -INFINITY);
-            });
+            each<kChunks>(cut.chunks,
+                          [&](int i) { held[r][i] = cut.load_whole(row_of<S>(call, r, n), i); });
         });
     }
     MSDKERN_DEVICE uint4 raw(int r, int i) const { return held[r][i]; }
@@ -62,6 +64,7 @@ struct Registers {
 template <class S>
 struct Shared {
     typedef RealOf<S> Real;
+    static constexpr bool kLean = false;
     static constexpr int V = kVector<S>, kRows = 0, kChunks = 0;
     static constexpr int kPieces = V * int(sizeof(Real)) / 16;  // of a chunk's exponentials
     uint4 *held, *exponentials;
@@ -96,6 +99,7 @@ struct Shared {
     }
     MSDKERN_DEVICE bool keeps() const { return keeps_; }
     MSDKERN_DEVICE void keep(int r, int i, const Real (&e)[V]) {
+        if (!keeps_) return;
 #pragma unroll
         for (int p = 0; p < kPieces; ++p)
             memcpy(exponentials + ((r * chunks + i) * kPieces + p) * threads + threadIdx.x,
@@ -114,6 +118,7 @@ struct Shared {
 template <class S>
 struct Global {
     typedef RealOf<S> Real;
+    static constexpr bool kLean = false;
     static constexpr int V = kVector<S>, kRows = 0, kChunks = 0;
     const msdkern_loss *call;
     const Cut<S> *cut;

@@ -227,7 +227,7 @@ struct LossKernel {
     MSDKERN_DEVICE void divergences() {
         double *matrix = call.pair_divergence && leads() ? sums + 3 * s.exits : nullptr;
         if constexpr (kGeneral) {
-            Pairs<S, Home> pairs = {s, home, matrix};
+            Pairs<S, Home, true> pairs = {s, home, matrix};
             pairs.values();
             if (s.gradient) pairs.gradients();
         } else {
@@ -236,7 +236,7 @@ struct LossKernel {
             if (!s.divergent || !any_spoilt()) return;
             Global<S> again(plan, team);
             again.load(call, s.cut, s.rows, s.n);
-            Pairs<S, Global<S>> pairs = {s, again, matrix};
+            Pairs<S, Global<S>, false> pairs = {s, again, matrix};
             team.sync();
             pairs.values();
         }

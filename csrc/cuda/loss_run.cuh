@@ -25,7 +25,9 @@ class Chooser {
         : call_(call),
           machine_(machine(call.place.device)),
           rows_(call.exits + call.teachers),
-          registers_(!general && call.pairs != MSDKERN_PAIRS_DENSE && sizeof(S) <= 4) {
+          registers_(!general && sizeof(S) <= 4 && call.pairs != MSDKERN_PAIRS_DENSE &&
+                     call.divergence == MSDKERN_FORWARD_KL && !call.target &&
+                     call.label_smoothing == 0 && call.classes % kVector<S> == 0) {
         plan_.vector = true;
         for (int r = 0; r < rows_; ++r)
             plan_.vector &= on_vectors<S>(call.logits[r], call.stride[r]);
@@ -52,7 +54,7 @@ class Chooser {
         return (call_.classes + step - 1) / step;
     }
     bool serves(const Rung &rung) const {
-        if (rung.home == Home::kRegisters && !registers_) return false;
+        if (rung.home == Home::kRegisters && !(registers_ && plan_.vector)) return false;
         if (rung.rows && rows_ > rung.rows) return false;
         if (rung.blocks > 1 && !machine_.clusters) return false;
         return !rung.chunks || chunks(rung) <= rung.chunks;
@@ -109,21 +111,23 @@ cudaError_t launch_loss(const msdkern_loss &call, const Choice &choice, Form for
     return launch(call.place.stream, choice.grid, choice.threads, choice.plan.blocks, choice.shared,
                   loss_kernel<S, At, kGeneral, kThreads, kResident>, call, choice.plan, form);
 }
+template <class S, class At>
+cudaError_t launch_roomy(const msdkern_loss &call, const Choice &choice, Form form, bool general) {
+    return general ? launch_loss<S, At, true, 256, roomy(true, sizeof(S))>(call, choice, form)
+                   : launch_loss<S, At, false, 256, roomy(false, sizeof(S))>(call, choice, form);
+}
 
 template <class S>
 cudaError_t launch_choice(const msdkern_loss &call, const Choice &choice, Form form, bool general) {
     const Home home = choice.rung->home;
     if constexpr (sizeof(S) <= 4) {
         if (home == Home::kRegisters && choice.rung->chunks == 1)
-            return launch_loss<S, Registers<S, 8, 1>, false, 128, 4>(call, choice, form);
+            return launch_loss<S, Registers<S, 8, 1>, false, 128, 3>(call, choice, form);
         if (home == Home::kRegisters)
-            return launch_loss<S, Registers<S, 8, 2>, false, 128, 3>(call, choice, form);
+            return launch_loss<S, Registers<S, 8, 2>, false, 128, 2>(call, choice, form);
     }
-    if (home == Home::kShared)
-        return general ? launch_loss<S, Shared<S>, true, 256, 2>(call, choice, form)
-                       : launch_loss<S, Shared<S>, false, 256, 2>(call, choice, form);
-    return general ? launch_loss<S, Global<S>, true, 256, 2>(call, choice, form)
-                   : launch_loss<S, Global<S>, false, 256, 2>(call, choice, form);
+    return home == Home::kShared ? launch_roomy<S, Shared<S>>(call, choice, form, general)
+                                 : launch_roomy<S, Global<S>>(call, choice, form, general);
 }
 
 template <class S>

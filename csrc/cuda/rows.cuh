@@ -57,6 +57,10 @@ MSDKERN_DEVICE Real lowest() {
     return -Real(INFINITY);
 }
 
+// What was computed before is not kept for later: where a sweep is unrolled, registers are dearer
+// than arithmetic.
+MSDKERN_DEVICE void forget() { asm volatile("" ::: "memory"); }
+
 // f(0) ... f(n - 1): unrolled up to kMost, so that f may index registers; a loop where kMost is 0.
 template <int kMost, class F>
 MSDKERN_DEVICE void each(int n, F f) {
@@ -144,6 +148,24 @@ struct Cut {
         uint4 raw;
         memcpy(&raw, x, 16);
         return raw;
+    }
+    // The same where rows are whole chunks.
+    MSDKERN_DEVICE uint4 load_whole(const S *row, int i) const {
+        if (first(i) < classes) return __ldcs(reinterpret_cast<const uint4 *>(row + first(i)));
+        S x[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) round_to(lowest<RealOf<S>>(), x[v]);
+        uint4 raw;
+        memcpy(&raw, x, 16);
+        return raw;
+    }
+    MSDKERN_DEVICE void store_whole(S *row, int i, const RealOf<S> (&x)[V]) const {
+        S y[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) round_to(x[v], y[v]);
+        uint4 raw;
+        memcpy(&raw, y, 16);
+        if (first(i) < classes) __stcs(reinterpret_cast<uint4 *>(row + first(i)), raw);
     }
     MSDKERN_DEVICE void store(S *row, int i, const RealOf<S> (&x)[V]) const {
         S y[V];

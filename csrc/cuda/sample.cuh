@@ -94,8 +94,14 @@ struct Sample {
     static MSDKERN_DEVICE const Real *real(const void *p) { return static_cast<const Real *>(p); }
     static MSDKERN_DEVICE Real *real(void *p) { return static_cast<Real *>(p); }
 
+    template <class Home>
+    MSDKERN_DEVICE bool dense() const {
+        return !Home::kLean && dense_target;
+    }
     // e^(z - m) from e^((z - m) / T).
+    template <class Home>
     MSDKERN_DEVICE Real at_one(Real e, Real gap) const {
+        if (Home::kLean) return power == 1 ? e : exponential(gap);
         switch (power) {
             case 1:
                 return e;
@@ -118,10 +124,7 @@ struct Sample {
         if (c == label) u += on_label * (call.class_weight ? real(call.class_weight)[c] : Real(1));
         return u;
     }
-    MSDKERN_DEVICE void masses(int i, Real (&u)[V]) const {
-#pragma unroll
-        for (int v = 0; v < V; ++v) u[v] = mass(cut.first(i) + v * cut.step());
-    }
+    MSDKERN_DEVICE int class_at(int i, int v) const { return cut.first(i) + v * cut.step(); }
 
     // Maxima, sums of exponentials at both temperatures, and what a dense target makes of them.
     // Leaves S at T in slot r, S at 1 in slot rows + r, -sum_c u (z - m) in slot 2 rows + k, and
@@ -142,7 +145,7 @@ struct Sample {
         });
         exchange.template finish<Maximum>(team, rows);
         each<Home::kRows>(rows, [&](int r) { row_sums(home, r, predicts && r < exits); });
-        exchange.template finish<Sum>(team, 2 * rows + (dense_target ? exits + 1 : 0));
+        exchange.template finish<Sum>(team, 2 * rows + (dense<Home>() ? exits + 1 : 0));
     }
     template <class Home>
     MSDKERN_DEVICE void row_sums(Home &home, int r, bool predicts) {
@@ -158,24 +161,23 @@ struct Sample {
                 const Real gap = z[v] - m;
                 e[v] = exponential(gap * inverse_t);
                 at_t += e[v];
-                one += at_one(e[v], gap);
+                one += at_one<Home>(e[v], gap);
                 top |= !(z[v] < m);
             }
             home.keep(r, i, e);
             if (predicts && top) note_top(r, i, z, m);
-            if (dense_target && r < exits) {
-                Real u[V];
-                masses(i, u);
+            if (dense<Home>() && r < exits) {
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
-                    moved -= weigh(u[v], z[v] - m);
-                    total += u[v];
+                    const Real u = mass(class_at(i, v));
+                    moved -= weigh(u, z[v] - m);
+                    total += u;
                 }
             }
         });
         exchange.template put<Sum>(team, r, at_t);
         exchange.template put<Sum>(team, rows + r, one);
-        if (!dense_target || r >= exits) return;
+        if (!dense<Home>() || r >= exits) return;
         exchange.template put<Sum>(team, 2 * rows + r, moved);
         if (r == 0) exchange.template put<Sum>(team, 2 * rows + exits, total);
     }
@@ -184,14 +186,14 @@ struct Sample {
         RowState<Real> *first = team.blocks > 1 ? in_block(state, 0) : state;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-            const int c = cut.first(i) + v * cut.step();
+            const int c = class_at(i, v);
             if (c >= cut.classes) continue;
             if (z[v] == m) atomicMin(&first[r].prediction, c);
             if (z[v] != z[v]) atomicMin(&first[r].nan, c);
         }
     }
 
-    // x = (z - m) / T and q, of row r at chunk i.
+    // x = (z - m) / T and e^x of row r at chunk i.
     template <class Home>
     MSDKERN_DEVICE void terms(const Home &home, int r, int i, Real (&x)[V], Real (&e)[V]) const {
         unpack<S>(home.raw(r, i), x);
@@ -205,25 +207,22 @@ struct Sample {
             for (int v = 0; v < V; ++v) e[v] = exponential(x[v]);
     }
 
-    // Writes gradient g of exit k at chunk i: that of the divergences, to which the cross
-    // entropy's is added here. The label's share leaves before rounding.
+    // The gradient g of the divergences at class c, and that of the cross entropy added to it. The
+    // label's share leaves before rounding.
     template <class Home>
-    MSDKERN_DEVICE void write(const Home &home, int k, int i, Real (&g)[V], const Real (&e)[V],
-                              const Real (&x)[V], const Real (&u)[V]) const {
+    MSDKERN_DEVICE Real with_cross_entropy(Real g, Real e, Real gap, int c, Real p_scale,
+                                           Real mass_scale) const {
+        g += at_one<Home>(e, gap) * p_scale;
+        if (dense<Home>()) return g - mass(c) * mass_scale;
+        return c == int(label) ? g - mass_scale : g;
+    }
+    template <class Home>
+    MSDKERN_DEVICE void store(int k, int i, const Real (&g)[V]) const {
         S *const to = static_cast<S *>(call.gradient[k]) + n * call.classes;
-        const Real p_scale = state[k].p_scale, mass_scale = state[k].mass_scale;
-        const int at = int(label) - cut.first(i);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            Real p = e[v];
-            if (power != 1) p = at_one(e[v], power ? Real(0) : unscaled(home, k, i, v, x[v]));
-            g[v] += p * p_scale;
-            if (dense_target)
-                g[v] -= u[v] * mass_scale;
-            else if (at == v * cut.step())
-                g[v] -= mass_scale;
-        }
-        cut.store(to, i, g);
+        if constexpr (Home::kLean)
+            cut.store_whole(to, i, g);
+        else
+            cut.store(to, i, g);
     }
     // The normaliser S of a row enters as log S, rounded, and as 1 / S, rounded. What that does to
     // D_ij is a constant per row, known from `slack`.
@@ -231,12 +230,6 @@ struct Sample {
         const Real gap = state[j].slack - state[i].slack;
         if (call.divergence == MSDKERN_FORWARD_KL) return gap;
         return call.divergence == MSDKERN_REVERSE_KL ? -gap : Real(0);
-    }
-    template <class Home>
-    MSDKERN_DEVICE Real unscaled(const Home &home, int k, int i, int v, Real) const {
-        Real z[V];
-        unpack<S>(home.raw(k, i), z);
-        return z[v] - state[k].maximum;
     }
     MSDKERN_DEVICE void zero_gradients() const {
         Real zero[V] = {};

@@ -6,135 +6,145 @@
 
 namespace msdkern {
 
+// One element of a chunk: x = (z - m) / T, bounded, and its exponential; z - m.
+template <class Real>
+struct Term {
+    Real x, e, gap;
+};
+
 // One chunk of classes of all exits, from the deepest to the shallowest: forward KL or soft cross
 // entropy with detached teachers, and the whole gradient. The teachers of every student are a
 // running sum, so the work is O(K); with a matrix of weights it is O(K) per student.
-template <class S, class Home>
+template <class S, class Home, bool kMutual>
 struct Mixture {
     typedef RealOf<S> Real;
     static constexpr int V = kVector<S>;
     const Sample<S> &s;
     Home &home;
     const int i, pairs;
-    const bool mutual, soft;
+    const bool soft;
     Real reference_gap = 0;
     // mass = sum_j w_j q_j, moment = sum_j w_j q_j d_j with d relative to a reference exit. For
-    // mutual pairs probabilities are summed less the deepest exit's: exact where exits agree.
-    Real reference[V] = {}, mass[V] = {}, moment[V] = {}, deepest[V] = {}, excess[V] = {},
-         u[V] = {};
+    // mutual pairs `mass` is less the deepest exit's share: exact where exits agree.
+    Real reference[V] = {}, mass[V] = {}, moment[V] = {}, deepest[kMutual ? V : 1] = {};
 
     MSDKERN_DEVICE Mixture(const Sample<S> &s_, Home &h, int chunk)
         : s(s_),
           home(h),
           i(chunk),
           pairs(s_.call.pairs),
-          mutual(pairs == MSDKERN_PAIRS_MUTUAL),
-          soft(s_.call.divergence == MSDKERN_SOFT_CE) {
-        if (s.dense_target && s.gradient) s.masses(i, u);
-    }
-    MSDKERN_DEVICE void probabilities(int r, Real (&x)[V], Real (&e)[V], Real (&q)[V]) const {
-        s.terms(home, r, i, x, e);
-        const Real inverse = s.state[r].inverse_t;
+          soft(!Home::kLean && s_.call.divergence == MSDKERN_SOFT_CE) {}
+
+    // The elements of row r, one after another: f(v, term).
+    template <class F>
+    MSDKERN_DEVICE void elements(int r, F f) const {
+        S stored[V];
+        Real e[V];
+        const uint4 raw = home.raw(r, i);
+        memcpy(stored, &raw, 16);
+        if (home.keeps()) home.kept(r, i, e);
+        const Real m = s.state[r].maximum;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-            x[v] = bounded(x[v]);
-            q[v] = e[v] * inverse;
+            Term<Real> t;
+            t.gap = to_real(stored[v]) - m;
+            t.x = t.gap * s.inverse_t;
+            t.e = home.keeps() ? e[v] : exponential(t.x);
+            t.x = bounded(t.x);
+            f(v, t);
         }
     }
     // All exits teach. The student's own share adds nothing to a divergence.
     MSDKERN_DEVICE void all_teach() {
         each_down<Home::kRows>(s.exits, [&](int k) {
-            Real x[V], e[V], q[V];
-            probabilities(k, x, e, q);
-            const Real gap = s.state[k].gap;
+            const Real inverse = s.state[k].inverse_t, gap = s.state[k].gap;
             const bool first = k == s.exits - 1;
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                if (first) deepest[v] = q[v];
-                if (first) reference[v] = x[v];
-                excess[v] += q[v] - deepest[v];
-                moment[v] += q[v] * ((x[v] - reference[v]) - gap);
-            }
+            elements(k, [&](int v, const Term<Real> &t) {
+                const Real q = t.e * inverse;
+                if (first) deepest[v] = q;
+                if (first) reference[v] = t.x;
+                mass[v] += q - deepest[v];
+                moment[v] += q * ((t.x - reference[v]) - gap);
+            });
         });
-#pragma unroll
-        for (int v = 0; v < V; ++v) mass[v] = excess[v] + Real(s.exits) * deepest[v];
     }
     // Any weights. Every student is its own reference: the deepest exit may be far away.
-    MSDKERN_DEVICE void select(int k, const Real (&x)[V]) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) mass[v] = moment[v] = 0;
+    MSDKERN_DEVICE void select(int k) {
+        elements(k, [&](int v, const Term<Real> &t) {
+            mass[v] = moment[v] = 0;
+            reference[v] = t.x;
+        });
+        reference_gap = s.state[k].gap;
 #pragma unroll 1
         for (int r = 0; r < s.rows; ++r) {
             const Real w = s.weight[k * s.rows + r];
             if (w == 0) continue;
-            Real x_r[V], e_r[V], q_r[V];
-            probabilities(r, x_r, e_r, q_r);
-            const Real gap = s.state[r].gap - s.state[k].gap;
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                mass[v] += q_r[v] * w;
-                moment[v] += q_r[v] * w * ((x_r[v] - x[v]) - gap);
-            }
-        }
-    }
-    // Exit k becomes a teacher of the shallower ones.
-    MSDKERN_DEVICE void passed(int k, const Real (&x)[V], const Real (&q)[V], const Real (&d)[V]) {
-        if (pairs == MSDKERN_PAIRS_DEEPER || (pairs == MSDKERN_PAIRS_LAST && k == s.exits - 1)) {
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                mass[v] += q[v];
-                moment[v] += q[v] * d[v];
-            }
-        } else if (pairs == MSDKERN_PAIRS_NEXT) {
-            reference_gap = s.state[k].gap;  // it is the reference, so its own moment is 0
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                mass[v] = q[v];
-                reference[v] = x[v];
-            }
+            const Real gap = s.state[r].gap - reference_gap, share = w * s.state[r].inverse_t;
+            elements(r, [&](int v, const Term<Real> &t) {
+                mass[v] += t.e * share;
+                moment[v] += t.e * share * ((t.x - reference[v]) - gap);
+            });
         }
     }
     MSDKERN_DEVICE Real value(int v, Real gap, Real x, Real q, Real d, Real log_t) const {
-        if (soft) return (log_t - x) * (mutual ? mass[v] - q : mass[v]);
-        if (pairs == MSDKERN_PAIRS_DENSE) return moment[v] + gap;
-        return forward_kl_value(gap, d, mass[v], moment[v]);
+        const Real all = kMutual ? mass[v] + Real(s.exits) * deepest[kMutual ? v : 0] : mass[v];
+        if (soft) return (log_t - x) * (kMutual ? all - q : all);
+        return forward_kl_value(gap, d, all, moment[v]);
     }
     MSDKERN_DEVICE void exit(int k) {
-        Real x[V], e[V], q[V], d[V], g[V], total = 0;
-        probabilities(k, x, e, q);
-        if (k == s.exits - 1 && !mutual)
-#pragma unroll
-            for (int v = 0; v < V; ++v) reference[v] = x[v];
-        if constexpr (Home::kRows == 0)
-            if (pairs == MSDKERN_PAIRS_DENSE) select(k, x);
+        const bool is_deepest = k == s.exits - 1;
+        if constexpr (!kMutual && Home::kRows == 0)
+            if (pairs == MSDKERN_PAIRS_DENSE) select(k);
         const RowState<Real> &state = s.state[k];
-        const Real n = state.n, distance = state.gap - reference_gap, log_t = state.log_t;
-        const Real scale = state.pair_scale;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            d[v] = (x[v] - reference[v]) - distance;
-            const Real gap = mutual ? forward_kl_gradient(q[v] - deepest[v], n, excess[v])
-                                    : forward_kl_gradient(q[v], n, mass[v]);
-            total += value(v, gap, x[v], q[v], d[v], log_t);
-            g[v] = gap * scale;
-        }
+        const Real inverse = state.inverse_t, n = state.n, log_t = state.log_t;
+        const Real distance = state.gap - reference_gap, scale = state.pair_scale;
+        const Real p_scale = state.p_scale, mass_scale = state.mass_scale;
+        // How it teaches the shallower exits.
+        const bool next = pairs == MSDKERN_PAIRS_NEXT, deeper = pairs == MSDKERN_PAIRS_DEEPER;
+        const bool joins = deeper || (is_deepest && pairs == MSDKERN_PAIRS_LAST);
+        Real g[V], total = 0;
+        elements(k, [&](int v, const Term<Real> &t) {
+            const Real q = t.e * inverse;
+            if (!kMutual && is_deepest && pairs != MSDKERN_PAIRS_DENSE) reference[v] = t.x;
+            const Real d = (t.x - reference[v]) - distance;
+            const Real gap =
+                forward_kl_gradient(kMutual ? q - deepest[kMutual ? v : 0] : q, n, mass[v]);
+            total += value(v, gap, t.x, q, d, log_t);
+            g[v] = s.template with_cross_entropy<Home>(gap * scale, t.e, t.gap, s.class_at(i, v),
+                                                       p_scale, mass_scale);
+            if (kMutual) return;
+            if (joins || next) mass[v] = q + (next ? Real(0) : mass[v]);
+            if (joins) moment[v] += q * d;
+            if (next) reference[v] = t.x;  // its own moment is 0
+        });
+        if (next) reference_gap = state.gap;
         home.value(k) += total;
-        if (s.call.gradient[k]) s.write(home, k, i, g, e, x, u);
-        passed(k, x, q, d);
+        if (s.call.gradient[k]) s.template store<Home>(k, i, g);
     }
     MSDKERN_DEVICE void run() {
-        if (mutual) all_teach();
+        if (kMutual) all_teach();
+        if (Home::kLean) forget();
         each_down<Home::kRows>(s.exits, [&](int k) { exit(k); });
     }
-    MSDKERN_DEVICE void cross_entropies() const {
-        each<Home::kRows>(s.exits, [&](int k) {
-            if (!s.call.gradient[k]) return;
-            Real x[V], e[V], g[V] = {};
-            s.terms(home, k, i, x, e);
-            s.write(home, k, i, g, e, x, u);
-        });
-    }
 };
+
+// (6) Cross entropy alone.
+template <class S, class Home>
+MSDKERN_DEVICE void cross_entropies(const Sample<S> &s, Home &home, int i) {
+    typedef RealOf<S> Real;
+    constexpr int V = kVector<S>;
+    const Mixture<S, Home, false> chunk(s, home, i);
+    each<Home::kRows>(s.exits, [&](int k) {
+        if (!s.call.gradient[k]) return;
+        const Real p_scale = s.state[k].p_scale, mass_scale = s.state[k].mass_scale;
+        Real g[V];
+        chunk.elements(k, [&](int v, const Term<Real> &t) {
+            g[v] = s.template with_cross_entropy<Home>(Real(0), t.e, t.gap, s.class_at(i, v),
+                                                       p_scale, mass_scale);
+        });
+        s.template store<Home>(k, i, g);
+    });
+}
 
 // Values of all exits into RowState::value, gradients where they belong.
 template <class S, class Home>
@@ -142,11 +152,12 @@ MSDKERN_DEVICE void sweep_students(Sample<S> &s, Home &home) {
     if (!s.divergent && !s.gradient) return;
     each<Home::kRows>(s.exits, [&](int k) { home.value(k) = 0; });
     each<Home::kChunks>(s.cut.chunks, [&](int i) {
-        Mixture<S, Home> mixture(s, home, i);
-        if (s.divergent)
-            mixture.run();
+        if (!s.divergent)
+            cross_entropies(s, home, i);
+        else if (s.call.pairs == MSDKERN_PAIRS_MUTUAL)
+            Mixture<S, Home, true>(s, home, i).run();
         else
-            mixture.cross_entropies();
+            Mixture<S, Home, false>(s, home, i).run();
     });
     if (!s.divergent) return;
     each<Home::kRows>(s.exits,
@@ -157,7 +168,7 @@ MSDKERN_DEVICE void sweep_students(Sample<S> &s, Home &home) {
 }
 
 // The careful sweeps: every divergence, pair by pair, with 0 log 0 = 0.
-template <class S, class Home>
+template <class S, class Home, bool kGeneral>
 struct Pairs {
     typedef RealOf<S> Real;
     static constexpr int V = kVector<S>;
@@ -165,19 +176,31 @@ struct Pairs {
     const Home &home;
     double *matrix;  // sums of D[exits][rows] over samples, or null
 
-    // q and l of row r at a chunk; for KL less the deepest exit's log-sum, which cancels.
-    MSDKERN_DEVICE void logs(int r, int i, Real (&l)[V], Real (&q)[V]) const {
-        s.terms(home, r, i, l, q);
+    // What an element of row r needs for q and l; l less the deepest exit's log-sum for KL, which
+    // cancels there.
+    struct Row {
+        S stored[V];
+        Real maximum, inverse, gap;
+    };
+    MSDKERN_DEVICE Row row(int r, int i) const {
+        Row result;
+        const uint4 raw = home.raw(r, i);
+        memcpy(result.stored, &raw, 16);
         const RowState<Real> &state = s.state[r];
-        const Real gap = s.call.divergence == MSDKERN_SOFT_CE ? state.log_t : state.gap;
-        const Real inverse = state.inverse_t;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-            l[v] -= gap;
-            q[v] *= inverse;
-        }
+        result.maximum = state.maximum;
+        result.inverse = state.inverse_t;
+        result.gap = s.call.divergence == MSDKERN_SOFT_CE ? state.log_t : state.gap;
+        return result;
+    }
+    MSDKERN_DEVICE void logs(const Row &row, int v, Real &l, Real &q) const {
+        const Real x = (to_real(row.stored[v]) - row.maximum) * s.inverse_t;
+        l = x - row.gap;
+        q = exponential(x) * row.inverse;
     }
     MSDKERN_DEVICE Pair<Real> pair(Real q_i, Real l_i, Real q_j, Real l_j) const {
+        if (!kGeneral)
+            return s.call.divergence == MSDKERN_SOFT_CE ? soft_ce_pair(l_i, q_j)
+                                                        : forward_kl_pair(q_i, l_i, q_j, l_j);
         switch (s.call.divergence) {
             case MSDKERN_FORWARD_KL:
                 return forward_kl_pair(q_i, l_i, q_j, l_j);
@@ -193,12 +216,13 @@ struct Pairs {
         Real value = 0, of_student = 0, of_teacher = 0;
 #pragma unroll 1
         for (int c = 0; c < s.cut.chunks; ++c) {
-            Real l_i[V], q_i[V], l_j[V], q_j[V];
-            logs(i, c, l_i, q_i);
-            logs(j, c, l_j, q_j);
+            const Row student = row(i, c), teacher = row(j, c);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-                const Pair<Real> p = pair(q_i[v], l_i[v], q_j[v], l_j[v]);
+                Real l_i, q_i, l_j, q_j;
+                logs(student, v, l_i, q_i);
+                logs(teacher, v, l_j, q_j);
+                const Pair<Real> p = pair(q_i, l_i, q_j, l_j);
                 value += p.value;
                 of_student += p.of_student;
                 of_teacher += p.of_teacher;
@@ -236,41 +260,46 @@ struct Pairs {
         }
     }
     // dL/dl of exit k at a chunk, up to multiples of q.
-    MSDKERN_DEVICE void derivative(int k, int c, const Real (&l_k)[V], const Real (&q_k)[V],
-                                   Real (&h)[V]) const {
+    MSDKERN_DEVICE void derivative(int k, int c, const Row &student, Real (&h)[V]) const {
 #pragma unroll 1
         for (int j = 0; j < s.rows; ++j) {
             const bool exit = j < s.exits && !s.call.detach_teacher;
             const Real learns = s.weight[k * s.rows + j] * s.state[k].pair_scale;
             const Real teaches = exit ? s.weight[j * s.rows + k] * s.state[j].pair_scale : Real(0);
             if (learns == 0 && teaches == 0) continue;
-            Real l_j[V], q_j[V];
-            logs(j, c, l_j, q_j);
+            const Row other = row(j, c);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-                if (learns != 0) h[v] += learns * pair(q_k[v], l_k[v], q_j[v], l_j[v]).of_student;
-                if (teaches != 0) h[v] += teaches * pair(q_j[v], l_j[v], q_k[v], l_k[v]).of_teacher;
+                Real l_k, q_k, l_j, q_j;
+                logs(student, v, l_k, q_k);
+                logs(other, v, l_j, q_j);
+                if (learns != 0) h[v] += learns * pair(q_k, l_k, q_j, l_j).of_student;
+                if (teaches != 0) h[v] += teaches * pair(q_j, l_j, q_k, l_k).of_teacher;
             }
         }
     }
+    MSDKERN_DEVICE void gradient(int k, int c) const {
+        Real h[V] = {};
+        const Row student = row(k, c);
+        derivative(k, c, student, h);
+        const RowState<Real> &state = s.state[k];
+        const Real total = state.total, p_scale = state.p_scale, mass_scale = state.mass_scale;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const Real gap = to_real(student.stored[v]) - student.maximum;
+            const Real e = exponential(gap * s.inverse_t);
+            const Real g = softmax_jacobian(h[v], e * student.inverse, total, s.inverse_t);
+            h[v] = s.template with_cross_entropy<Home>(g, e, gap, s.class_at(c, v), p_scale,
+                                                       mass_scale);
+        }
+        s.template store<Home>(k, c, h);
+    }
     MSDKERN_DEVICE void gradients() const {
 #pragma unroll 1
-        for (int c = 0; c < s.cut.chunks; ++c) {
-            Real u[V] = {};
-            if (s.dense_target) s.masses(c, u);
+        for (int c = 0; c < s.cut.chunks; ++c)
 #pragma unroll 1
-            for (int k = 0; k < s.exits; ++k) {
-                if (!s.call.gradient[k]) continue;
-                Real l[V], q[V], h[V] = {}, x[V], e[V];
-                logs(k, c, l, q);
-                derivative(k, c, l, q, h);
-                const Real total = s.state[k].total;
-#pragma unroll
-                for (int v = 0; v < V; ++v) h[v] = softmax_jacobian(h[v], q[v], total, s.inverse_t);
-                s.terms(home, k, c, x, e);
-                s.write(home, k, c, h, e, x, u);
-            }
-        }
+            for (int k = 0; k < s.exits; ++k)
+                if (s.call.gradient[k]) gradient(k, c);
     }
 };
 
