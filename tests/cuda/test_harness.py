@@ -260,3 +260,14 @@ def test_nvcc_compiles_the_same_sources(tmp_path):
         pytest.skip("nvcc is not installed: whether the harness's kernels are CUDA is not checked")
     source = one_source(tmp_path, *PLANTED, *SAMPLES)
     build.run("nvcc", "-std=c++17", "-arch=sm_90", "-c", source, "-o", tmp_path / "all.o")
+
+
+def test_shadows_have_the_names_that_csrc_has():
+    names = re.compile(r"^MSDKERN_DEVICE [^;{]*?(\w+)\(", re.M)
+    for shadow in (path for path in (build.HERE / "shadow").rglob("*") if path.is_file()):
+        original = build.CSRC / shadow.relative_to(build.HERE / "shadow")
+        if not original.exists():
+            pytest.skip(f"csrc has no {original.name}, for which {shadow.name} would stand in")
+        ours, theirs = (set(names.findall(path.read_text())) for path in (shadow, original))
+        assert theirs
+        assert theirs <= ours, f"not in {shadow}: {sorted(theirs - ours)}"

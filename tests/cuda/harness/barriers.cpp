@@ -7,10 +7,11 @@
 namespace simt {
 namespace {
 
-const char *const kNames[] = {
-    "__syncwarp", "__shfl_sync", "__ballot_sync", "__any_sync", "__all_sync", "__match_any_sync",
-    "__reduce_add_sync", "__reduce_min_sync", "__reduce_min_sync", "__reduce_max_sync",
-    "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync"};
+const char *const kNames[] = {"__syncwarp",        "__shfl_sync",       "__ballot_sync",
+                              "__any_sync",        "__all_sync",        "__match_any_sync",
+                              "__reduce_add_sync", "__reduce_min_sync", "__reduce_min_sync",
+                              "__reduce_max_sync", "__reduce_max_sync", "__reduce_and_sync",
+                              "__reduce_or_sync",  "__reduce_xor_sync"};
 
 void must_agree(const Barrier &barrier, const char *name, Site site) {
     if (barrier.arrived == 0 || (barrier.site.line == site.line && barrier.name == name)) return;
@@ -40,8 +41,10 @@ unsigned arrive(Barrier &barrier, unsigned expected, bool yes, const char *name,
 }
 
 void leave(Barrier &barrier, unsigned generation, const char *name, Site site) {
-    if (barrier.generation == generation) wait_for(&barrier, name, site);
-    else let_others_run();
+    if (barrier.generation == generation)
+        wait_for(&barrier, name, site);
+    else
+        let_others_run();
     order_acquire(&barrier.order[generation & 1]);
 }
 
@@ -74,8 +77,8 @@ void cluster_arrive(Site site) {
     if (t.in_cluster_barrier) fail(site, "a second arrival at the cluster's barrier, and no wait");
     must_be_whole("cluster barrier", state.resident - state.live, site);
     t.in_cluster_barrier = true;
-    t.cluster_generation = arrive(state.blocks[0].cluster_barrier, state.resident, false, "cluster barrier",
-                                  site, state.threads.data(), state.resident);
+    t.cluster_generation = arrive(state.blocks[0].cluster_barrier, state.resident, false,
+                                  "cluster barrier", site, state.threads.data(), state.resident);
     if (state.blocks[0].cluster_barrier.generation != t.cluster_generation)
         for (Block &block : state.blocks) block.reached_by_peer = Site();
 }
@@ -91,8 +94,8 @@ void grid_barrier(Site site) {
     if (!state.launch->cooperative) fail(site, "grid barrier: the launch is not cooperative");
     must_be_whole("grid barrier", state.resident - state.live, site);
     must_agree(state.blocks[0].grid_barrier, "grid barrier", site);
-    meet(state.blocks[0].grid_barrier, state.resident, false, "grid barrier", site, state.threads.data(),
-         state.resident);
+    meet(state.blocks[0].grid_barrier, state.resident, false, "grid barrier", site,
+         state.threads.data(), state.resident);
 }
 
 namespace {
@@ -105,15 +108,24 @@ unsigned long long of_all(const Meeting &m) {
         const unsigned long long v = m.value[l];
         ballot |= (v ? 1ull : 0ull) << l;
         const unsigned a = unsigned(result), b = unsigned(v);
-        if (first) result = v;
-        else if (m.what == kAdd) result = a + b;
-        else if (m.what == kMinSigned) result = unsigned(std::min(int(a), int(b)));
-        else if (m.what == kMaxSigned) result = unsigned(std::max(int(a), int(b)));
-        else if (m.what == kMinUnsigned) result = std::min(a, b);
-        else if (m.what == kMaxUnsigned) result = std::max(a, b);
-        else if (m.what == kAnd) result = a & b;
-        else if (m.what == kOr) result = a | b;
-        else if (m.what == kXor) result = a ^ b;
+        if (first)
+            result = v;
+        else if (m.what == kAdd)
+            result = a + b;
+        else if (m.what == kMinSigned)
+            result = unsigned(std::min(int(a), int(b)));
+        else if (m.what == kMaxSigned)
+            result = unsigned(std::max(int(a), int(b)));
+        else if (m.what == kMinUnsigned)
+            result = std::min(a, b);
+        else if (m.what == kMaxUnsigned)
+            result = std::max(a, b);
+        else if (m.what == kAnd)
+            result = a & b;
+        else if (m.what == kOr)
+            result = a | b;
+        else if (m.what == kXor)
+            result = a ^ b;
         first = false;
     }
     if (m.what == kBallot) return ballot;
@@ -148,8 +160,8 @@ void check_mask(const Thread &t, unsigned mask, const char *name, Site site) {
     if (!(mask >> t.lane & 1)) fail(site, "%s: mask %#x leaves out the caller", name, mask);
     for (int l = 0; l < 32; ++l) {
         if (!(mask >> l & 1)) continue;
-        if (!t.warp->lane[l]) fail(site, "%s: mask %#x names lane %d, which the block does not have",
-                                   name, mask, l);
+        if (!t.warp->lane[l])
+            fail(site, "%s: mask %#x names lane %d, which the block does not have", name, mask, l);
         if (t.warp->lane[l]->done)
             fail(site, "early exit: %s waits for lane %d, which has left the kernel", name, l);
     }
@@ -201,17 +213,20 @@ std::uint64_t collective(Collective what, unsigned mask, std::uint64_t value, in
 void check_leaving(Thread &t) {
     const Block &block = *t.block;
     for (const Barrier &b : block.barrier)
-        if (b.arrived) fail(b.site, "early exit: a thread left the kernel while others wait in %s",
-                            b.name);
+        if (b.arrived)
+            fail(b.site, "early exit: a thread left the kernel while others wait in %s", b.name);
     for (const Meeting &m : t.warp->meeting)
         if (m.arrived && m.mask >> t.lane & 1)
             fail(m.site, "early exit: %s waits for lane %d, which has left the kernel",
                  kNames[m.what], int(t.lane));
-    if (t.in_cluster_barrier) fail(t.site, "arrived at the cluster's barrier and left without a wait");
+    if (t.in_cluster_barrier)
+        fail(t.site, "arrived at the cluster's barrier and left without a wait");
     if (state.blocks[0].cluster_barrier.arrived)
-        fail(state.blocks[0].cluster_barrier.site, "early exit: a thread left while others wait here");
+        fail(state.blocks[0].cluster_barrier.site,
+             "early exit: a thread left while others wait here");
     if (block.reached_by_peer.file)
-        fail(block.reached_by_peer, "missing cluster barrier: the block left while another, which "
+        fail(block.reached_by_peer,
+             "missing cluster barrier: the block left while another, which "
              "took an address in its shared memory here, may still use it");
     check_copies(t);
 }

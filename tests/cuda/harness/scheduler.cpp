@@ -52,9 +52,12 @@ void set_order(const char *name) {
 void take_turn(Thread &thread, bool last = false) {
     ++clock_ticks;
     unsigned long long key = clock_ticks;
-    if (last) key = kLast + clock_ticks;
-    else if (order == kLifo) key = kMiddle - clock_ticks;
-    else if (order == kPriority) key = thread.priority;
+    if (last)
+        key = kLast + clock_ticks;
+    else if (order == kLifo)
+        key = kMiddle - clock_ticks;
+    else if (order == kPriority)
+        key = thread.priority;
     turns.push_back({key, &thread});
     std::push_heap(turns.begin(), turns.end());
 }
@@ -121,10 +124,14 @@ void report_deadlock() {
     for (unsigned i = 0; i < state.resident; ++i) {
         const Thread &t = state.threads[i];
         if (t.done) continue;
-        auto same = [&](const Group &g) { return g.doing == t.doing && g.site.line == t.site.line; };
+        auto same = [&](const Group &g) {
+            return g.doing == t.doing && g.site.line == t.site.line;
+        };
         auto found = std::find_if(groups.begin(), groups.end(), same);
-        if (found == groups.end()) groups.push_back({t.doing, t.site, 1});
-        else ++found->count;
+        if (found == groups.end())
+            groups.push_back({t.doing, t.site, 1});
+        else
+            ++found->count;
     }
     std::string text = "deadlock:";
     for (const Group &g : groups) {
@@ -142,7 +149,8 @@ void report_deadlock() {
 unsigned long long progress_at_tick = 0;
 void tick(int) {
     if (state.current && state.progress == progress_at_tick)
-        fail(state.current->site, "timeout: a thread runs on and on without meeting others; it "
+        fail(state.current->site,
+             "timeout: a thread runs on and on without meeting others; it "
              "last did at this line");
     progress_at_tick = state.progress;
 }

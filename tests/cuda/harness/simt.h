@@ -31,8 +31,20 @@ void grid_barrier(Site site);
 
 // What the lanes of a mask do together.
 enum Collective {
-    kSyncWarp, kShuffle, kBallot, kAny, kAll, kMatch, kAdd, kMinSigned, kMinUnsigned, kMaxSigned,
-    kMaxUnsigned, kAnd, kOr, kXor
+    kSyncWarp,
+    kShuffle,
+    kBallot,
+    kAny,
+    kAll,
+    kMatch,
+    kAdd,
+    kMinSigned,
+    kMinUnsigned,
+    kMaxSigned,
+    kMaxUnsigned,
+    kAnd,
+    kOr,
+    kXor
 };
 std::uint64_t collective(Collective what, unsigned mask, std::uint64_t value, int source,
                          Site site);

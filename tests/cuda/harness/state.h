@@ -83,7 +83,8 @@ struct Block {
     unsigned atomic_count = 0;
     long long fence_order = 0;
     Fiber courier;
-    Site reached_by_peer;  // where another block took an address here since the last cluster barrier
+    Site
+        reached_by_peer;  // where another block took an address here since the last cluster barrier
 };
 
 struct State {

@@ -55,8 +55,10 @@ PLANTED_CASE(missing_fence_after, missing_fence_after);
 
 template <bool broken>
 __global__ void same_place(int *out) {
-    if (broken) out[threadIdx.x] = threadIdx.x;
-    else out[blockIdx.x * kThreads + threadIdx.x] = threadIdx.x;
+    if (broken)
+        out[threadIdx.x] = threadIdx.x;
+    else
+        out[blockIdx.x * kThreads + threadIdx.x] = threadIdx.x;
 }
 
 template <bool broken>
