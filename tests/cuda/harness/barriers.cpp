@@ -14,7 +14,7 @@ const char *const kNames[] = {"__syncwarp",        "__shfl_sync",       "__ballo
                               "__reduce_or_sync",  "__reduce_xor_sync"};
 
 void must_agree(const Barrier &barrier, const char *name, Site site) {
-    if (barrier.arrived == 0 || (barrier.site.line == site.line && barrier.name == name)) return;
+    if (barrier.arrived == 0 || (barrier.site == site && barrier.name == name)) return;
     fail(site, "divergent barrier: %s here, while others wait in %s at line %d", name, barrier.name,
          barrier.site.line);
 }
@@ -61,15 +61,8 @@ unsigned left_in(const Block &block) { return block.threads - block.live; }
 int block_barrier(const char *name, bool predicate, Site site) {
     Block &block = *state.current->block;
     must_be_whole(name, left_in(block), site);
-    must_agree(block.barrier[0], name, site);
-    return meet(block.barrier[0], block.threads, predicate, name, site, block.first, block.threads);
-}
-
-void named_barrier(int id, int threads, Site site) {
-    Block &block = *state.current->block;
-    if (id < 0 || id >= kNamedBarriers) fail(site, "bar.sync: no barrier %d", id);
-    if (threads % 32) fail(site, "bar.sync: %d threads are not whole warps", threads);
-    meet(block.barrier[id], threads, false, "bar.sync", site, block.first, block.threads);
+    must_agree(block.barrier, name, site);
+    return meet(block.barrier, block.threads, predicate, name, site, block.first, block.threads);
 }
 
 void cluster_arrive(Site site) {
@@ -186,7 +179,7 @@ std::uint64_t collective(Collective what, unsigned mask, std::uint64_t value, in
     Thread &t = *state.current;
     check_mask(t, mask, kNames[what], site);
     Meeting &m = meeting(*t.warp, mask);
-    if (m.arrived && (m.what != what || m.site.line != site.line))
+    if (m.arrived && (m.what != what || !(m.site == site)))
         fail(site, "divergent %s: other lanes of mask %#x wait in %s at line %d", kNames[what],
              mask, kNames[m.what], m.site.line);
     m.mask = mask;
@@ -212,9 +205,8 @@ std::uint64_t collective(Collective what, unsigned mask, std::uint64_t value, in
 
 void check_leaving(Thread &t) {
     const Block &block = *t.block;
-    for (const Barrier &b : block.barrier)
-        if (b.arrived)
-            fail(b.site, "early exit: a thread left the kernel while others wait in %s", b.name);
+    if (const Barrier &b = block.barrier; b.arrived)
+        fail(b.site, "early exit: a thread left the kernel while others wait in %s", b.name);
     for (const Meeting &m : t.warp->meeting)
         if (m.arrived && m.mask >> t.lane & 1)
             fail(m.site, "early exit: %s waits for lane %d, which has left the kernel",

@@ -124,9 +124,7 @@ void report_deadlock() {
     for (unsigned i = 0; i < state.resident; ++i) {
         const Thread &t = state.threads[i];
         if (t.done) continue;
-        auto same = [&](const Group &g) {
-            return g.doing == t.doing && g.site.line == t.site.line;
-        };
+        auto same = [&](const Group &g) { return g.doing == t.doing && g.site == t.site; };
         auto found = std::find_if(groups.begin(), groups.end(), same);
         if (found == groups.end())
             groups.push_back({t.doing, t.site, 1});

@@ -67,15 +67,13 @@ struct Warp {
     Meeting meeting[32];  // a lane is in one at a time
 };
 
-constexpr int kNamedBarriers = 16;  // of a block; all its threads use the first
-
 struct Block {
     uint3 index = {0, 0, 0};
     unsigned rank = 0;  // in the cluster
     Thread *first = nullptr;
     unsigned threads = 0, live = 0;
     Warp *warps = nullptr;
-    Barrier barrier[kNamedBarriers];
+    Barrier barrier;
     Barrier cluster_barrier, grid_barrier;  // used in the first block for all
     char *shared = nullptr;
     // For fences: where the block's atomics were, and what its fences came after.

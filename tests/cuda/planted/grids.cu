@@ -71,6 +71,37 @@ Outcome race_between_blocks() {
 }
 PLANTED_CASE(race_between_blocks, race_between_blocks);
 
+// All blocks of a cooperative launch meet.
+template <bool broken>
+__global__ void rotate_blocks(const float *in, float *between, float *out) {
+    const int i = blockIdx.x * kThreads + threadIdx.x;
+    between[i] = in[i];
+    if (!broken) cg::this_grid().sync();
+    out[i] = between[(i + kThreads) % (gridDim.x * kThreads)];
+}
+
+template <bool broken>
+Outcome rotated(bool cooperative) {
+    const std::vector<float> in = numbers(kBlocks * kThreads);
+    Device<float> x(in), between(std::vector<float>(in.size(), 0.0f)), y(in);
+    const cudaError_t error = launch({kBlocks, kThreads, 0, 1, cooperative}, rotate_blocks<broken>,
+                                     (const float *)x.get(), between.get(), y.get());
+    const std::vector<float> out = y.values();
+    bool right = true;
+    for (size_t i = 0; i < in.size(); ++i) right &= out[i] == in[(i + kThreads) % in.size()];
+    return outcome(error, right);
+}
+template <bool broken>
+Outcome missing_grid_sync() {
+    return rotated<broken>(true);
+}
+PLANTED_CASE(missing_grid_sync, missing_grid_sync);
+template <bool broken>
+Outcome not_cooperative() {
+    return rotated<false>(!broken);
+}
+PLANTED_CASE(not_cooperative, not_cooperative);
+
 // Waits for a block that only a cooperative launch would have running.
 template <bool broken>
 __global__ void turnstile(int *turn) {

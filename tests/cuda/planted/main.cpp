@@ -16,7 +16,10 @@ int main(int count, char **words) {
         for (int i = 2; i < count; ++i) wanted |= !strcmp(words[i], c.name);
         if (count == 1 || !wanted) continue;
         const int outcome = broken ? c.broken() : c.correct();
-        printf("%s %s\n", c.name, outcome == 0 ? "right" : outcome == 1 ? "wrong" : "refused");
+        printf("%s %s\n", c.name,
+               outcome == planted::kRight   ? "right"
+               : outcome == planted::kWrong ? "wrong"
+                                            : cudaGetErrorString(cudaGetLastError()));
         worst = outcome > worst ? outcome : worst;
     }
     return worst;
