@@ -225,7 +225,7 @@ bool before_atomic(const void *address, std::size_t bytes, Site site) {
     step_back();
 #ifdef SIMT_TSAN
     Block &block = *state.current->block;
-    __tsan_switch_to_fiber(block.courier.tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(block.courier, __tsan_switch_to_fiber_no_sync);
     order_acquire(&block.fence_order);
     order_release(const_cast<void *>(address));
     __tsan_switch_to_fiber(state.current->fiber.tsan, __tsan_switch_to_fiber_no_sync);

@@ -89,6 +89,7 @@ void switch_to_next(Thread *from, bool finished = false) {
 void thread_main() {
     arrived_in_fiber();
     Thread &thread = *state.current;
+    order_acquire(&state.begin_order);
     state.launch->call(state.launch->arguments);
     check_leaving(thread);
     thread.done = true;
@@ -182,6 +183,38 @@ class Watchdog {
     itimerval old_timer_;
 };
 
+#ifdef SIMT_TSAN
+// Every block of a launch gets fibers that know nothing of what other blocks did: races between
+// blocks show. Those of blocks that are done wait for the next launch, which comes after all of
+// them. Beyond a number they are given up, since the race detector has 8128; not at once, since it
+// drops a report whose other side is gone.
+std::vector<Fiber> spent, idle;
+std::vector<void *> couriers;
+
+void spend_fibers() {
+    constexpr std::size_t kMost = 4096;
+    if (spent.size() + state.resident > kMost) {
+        for (Fiber &fiber : spent) dispose(fiber);
+        spent.clear();
+    }
+    for (unsigned i = 0; i < state.resident; ++i) {
+        spent.push_back(state.threads[i].fiber);
+        state.threads[i].fiber = Fiber();
+    }
+}
+void refresh_fibers() {
+    for (void *courier : couriers) __tsan_destroy_fiber(courier);
+    couriers.clear();
+    idle.insert(idle.end(), spent.begin(), spent.end());
+    spent.clear();
+}
+void take_idle(Fiber &fiber) {
+    if (idle.empty()) return;
+    fiber = idle.back();
+    idle.pop_back();
+}
+#endif
+
 void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index) {
     const unsigned threads = unsigned(launch.block.count()), warps = (threads + 31) / 32;
     block.index = {index.x, index.y, index.z};
@@ -190,7 +223,7 @@ void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index
     block.threads = block.live = threads;
     block.warps = &state.warps[rank * warps];
 #ifdef SIMT_TSAN
-    block.courier.tsan = __tsan_create_fiber(0);
+    couriers.push_back(block.courier = __tsan_create_fiber(0));
 #endif
     for (unsigned i = 0; i < threads; ++i) {
         Thread &t = block.first[i];
@@ -206,30 +239,12 @@ void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index
         t.index = {i % launch.block.x, i / launch.block.x % launch.block.y,
                    i / launch.block.x / launch.block.y};
         t.priority = mix(seed * 1000003 + mix(rank * 1024 + i)) >> 2;
+#ifdef SIMT_TSAN
+        take_idle(t.fiber);
+#endif
         prepare(t.fiber, thread_main);
     }
 }
-
-#ifdef SIMT_TSAN
-// The next blocks get fresh fibers, which know nothing of what the last ones did: races between
-// blocks show. The old ones stay for a while, since the race detector drops a report whose other
-// side is gone; for ever they cannot, it has 8128.
-std::vector<Fiber> spent;
-
-void dispose_spent() {
-    for (Fiber &fiber : spent) dispose(fiber);
-    spent.clear();
-}
-void spend_fibers() {
-    constexpr std::size_t kMost = 4096;
-    if (spent.size() + state.resident > kMost) dispose_spent();
-    for (unsigned i = 0; i < state.resident; ++i) {
-        spent.push_back(state.threads[i].fiber);
-        state.threads[i].fiber = Fiber();
-    }
-    for (const Block &block : state.blocks) spent.push_back(block.courier);
-}
-#endif
 
 // The blocks from `origin` on that must be resident together.
 bool run_together(const Launch &launch, Shape origin, Shape extent) {
@@ -247,6 +262,7 @@ bool run_together(const Launch &launch, Shape origin, Shape extent) {
                 set_up_block(state.blocks[rank], launch, rank,
                              {origin.x + x, origin.y + y, origin.z + z});
     for (unsigned i = 0; i < state.resident; ++i) take_turn(state.threads[i]);
+    order_release(&state.begin_order);
     switch_to_next(nullptr);
     if (!state.failed && state.live) {
         report_deadlock();
@@ -311,7 +327,7 @@ bool run(const Launch &launch) {
     order_acquire(&state.end_order);
     free_retired();
 #ifdef SIMT_TSAN
-    dispose_spent();
+    refresh_fibers();
 #endif
     return fine;
 }

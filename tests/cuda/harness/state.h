@@ -80,7 +80,7 @@ struct Block {
     const void *atomics[8] = {};
     unsigned atomic_count = 0;
     long long fence_order = 0;
-    Fiber courier;
+    void *courier = nullptr;  // a fiber of the race detector's
     Site
         reached_by_peer;  // where another block took an address here since the last cluster barrier
 };
@@ -97,7 +97,7 @@ struct State {
     unsigned resident = 0, live = 0;  // threads
     unsigned long long progress = 0, spins = 0;
     bool failed = false;
-    long long end_order = 0;
+    long long begin_order = 0, end_order = 0;
 };
 extern State state;
 
