@@ -67,6 +67,7 @@ int block_barrier(const char *name, bool predicate, Site site) {
 
 void cluster_arrive(Site site) {
     Thread &t = *state.current;
+    if (state.launch->cooperative) fail(site, "cluster barrier: not in a cooperative launch");
     if (t.in_cluster_barrier) fail(site, "a second arrival at the cluster's barrier, and no wait");
     must_be_whole("cluster barrier", state.resident - state.live, site);
     t.in_cluster_barrier = true;

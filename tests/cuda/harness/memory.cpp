@@ -248,7 +248,7 @@ void fence() {
 }
 
 unsigned lane() { return state.current->lane; }
-unsigned cluster_rank() { return state.current->block->rank; }
+unsigned cluster_rank() { return state.launch->cooperative ? 0 : state.current->block->rank; }
 unsigned cluster_size() { return unsigned(state.launch->cluster.count()); }
 
 }  // namespace simt

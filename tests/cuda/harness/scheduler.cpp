@@ -94,6 +94,7 @@ void thread_main() {
     check_leaving(thread);
     thread.done = true;
     --state.live;
+    state.spins = 0;
     if (--thread.block->live == 0) release_shared(*thread.block);
     order_release(&state.end_order);
     switch_to_next(&thread, true);
@@ -277,23 +278,32 @@ bool run_together(const Launch &launch, Shape origin, Shape extent) {
     return !state.failed;
 }
 
+// Where the groups of `step` blocks begin, in the order in which they run: as with threads.
+std::vector<Shape> origins(Shape grid, Shape step) {
+    std::vector<Shape> found;
+    for (unsigned z = 0; z < grid.z; z += step.z)
+        for (unsigned y = 0; y < grid.y; y += step.y)
+            for (unsigned x = 0; x < grid.x; x += step.x) found.push_back({x, y, z});
+    if (order == kLifo) std::reverse(found.begin(), found.end());
+    if (order == kPriority)
+        for (size_t i = found.size(); i > 1; --i) std::swap(found[i - 1], found[mix(seed + i) % i]);
+    return found;
+}
+
 bool run_grid(const Launch &launch) {
     const Shape grid = launch.grid, step = launch.cooperative ? grid : launch.cluster;
     const size_t blocks = step.count(), threads = launch.block.count();
     if (state.threads.size() < blocks * threads) state.threads.resize(blocks * threads);
     turns.reserve(blocks * threads + 1);
     StaticShared shared(launch);
-    for (unsigned z = 0; z < grid.z; z += step.z)
-        for (unsigned y = 0; y < grid.y; y += step.y)
-            for (unsigned x = 0; x < grid.x; x += step.x) {
-                shared.fill();
-                if (!run_together(launch, {x, y, z}, step)) return false;
-                if (blocks > 1 && shared.touched()) {
-                    state.current = nullptr;
-                    say({}, "static __shared__ with several blocks resident; use dynamic shared");
-                    return false;
-                }
-            }
+    for (const Shape &origin : origins(grid, step)) {
+        shared.fill();
+        if (!run_together(launch, origin, step)) return false;
+        if (blocks == 1 || !shared.touched()) continue;
+        state.current = nullptr;
+        say({}, "static __shared__ with several blocks resident; use dynamic shared");
+        return false;
+    }
     return true;
 }
 

@@ -102,22 +102,19 @@ Outcome not_cooperative() {
 }
 PLANTED_CASE(not_cooperative, not_cooperative);
 
-// Waits for a block that only a cooperative launch would have running.
-template <bool broken>
-__global__ void turnstile(int *turn) {
-    if (threadIdx.x == 0) {
-        const int mine = broken ? int(gridDim.x - 1 - blockIdx.x) : int(blockIdx.x);
-        while (atomicAdd(turn, 0) != mine) {
-        }
-        atomicAdd(turn, 1);
+// Waits for blocks that only a cooperative launch has running.
+__global__ void all_here(int *count) {
+    if (threadIdx.x != 0) return;
+    atomicAdd(count, 1);
+    while (atomicAdd(count, 0) != int(gridDim.x)) {
     }
 }
 
 template <bool broken>
 Outcome endless_spin() {
-    Device<int> turn(std::vector<int>(1, 0));
-    const cudaError_t error = launch({3, kThreads}, turnstile<broken>, turn.get());
-    return outcome(error, turn.values()[0] == 3);
+    Device<int> count(std::vector<int>(1, 0));
+    const cudaError_t error = launch({3, kThreads, 0, 1, !broken}, all_here, count.get());
+    return outcome(error, count.values()[0] == 3);
 }
 PLANTED_CASE(endless_spin, endless_spin);
 
