@@ -7,13 +7,14 @@
 namespace simt {
 namespace {
 
-const char *const kNames[] = {
-    "__syncwarp", "__shfl_sync", "__ballot_sync", "__any_sync", "__all_sync", "__match_any_sync",
-    "__reduce_add_sync", "__reduce_min_sync", "__reduce_min_sync", "__reduce_max_sync",
-    "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync", "__reduce_xor_sync"};
+const char *const kNames[] = {"__syncwarp",        "__shfl_sync",       "__ballot_sync",
+                              "__any_sync",        "__all_sync",        "__match_any_sync",
+                              "__reduce_add_sync", "__reduce_min_sync", "__reduce_min_sync",
+                              "__reduce_max_sync", "__reduce_max_sync", "__reduce_and_sync",
+                              "__reduce_or_sync",  "__reduce_xor_sync"};
 
 void must_agree(const Barrier &barrier, const char *name, Site site) {
-    if (barrier.arrived == 0 || (barrier.site.line == site.line && barrier.name == name)) return;
+    if (barrier.arrived == 0 || (barrier.site == site && barrier.name == name)) return;
     fail(site, "divergent barrier: %s here, while others wait in %s at line %d", name, barrier.name,
          barrier.site.line);
 }
@@ -40,8 +41,10 @@ unsigned arrive(Barrier &barrier, unsigned expected, bool yes, const char *name,
 }
 
 void leave(Barrier &barrier, unsigned generation, const char *name, Site site) {
-    if (barrier.generation == generation) wait_for(&barrier, name, site);
-    else let_others_run();
+    if (barrier.generation == generation)
+        wait_for(&barrier, name, site);
+    else
+        let_others_run();
     order_acquire(&barrier.order[generation & 1]);
 }
 
@@ -58,24 +61,18 @@ unsigned left_in(const Block &block) { return block.threads - block.live; }
 int block_barrier(const char *name, bool predicate, Site site) {
     Block &block = *state.current->block;
     must_be_whole(name, left_in(block), site);
-    must_agree(block.barrier[0], name, site);
-    return meet(block.barrier[0], block.threads, predicate, name, site, block.first, block.threads);
-}
-
-void named_barrier(int id, int threads, Site site) {
-    Block &block = *state.current->block;
-    if (id < 0 || id >= kNamedBarriers) fail(site, "bar.sync: no barrier %d", id);
-    if (threads % 32) fail(site, "bar.sync: %d threads are not whole warps", threads);
-    meet(block.barrier[id], threads, false, "bar.sync", site, block.first, block.threads);
+    must_agree(block.barrier, name, site);
+    return meet(block.barrier, block.threads, predicate, name, site, block.first, block.threads);
 }
 
 void cluster_arrive(Site site) {
     Thread &t = *state.current;
+    if (state.launch->cooperative) fail(site, "cluster barrier: not in a cooperative launch");
     if (t.in_cluster_barrier) fail(site, "a second arrival at the cluster's barrier, and no wait");
     must_be_whole("cluster barrier", state.resident - state.live, site);
     t.in_cluster_barrier = true;
-    t.cluster_generation = arrive(state.blocks[0].cluster_barrier, state.resident, false, "cluster barrier",
-                                  site, state.threads.data(), state.resident);
+    t.cluster_generation = arrive(state.blocks[0].cluster_barrier, state.resident, false,
+                                  "cluster barrier", site, state.threads.data(), state.resident);
     if (state.blocks[0].cluster_barrier.generation != t.cluster_generation)
         for (Block &block : state.blocks) block.reached_by_peer = Site();
 }
@@ -91,8 +88,8 @@ void grid_barrier(Site site) {
     if (!state.launch->cooperative) fail(site, "grid barrier: the launch is not cooperative");
     must_be_whole("grid barrier", state.resident - state.live, site);
     must_agree(state.blocks[0].grid_barrier, "grid barrier", site);
-    meet(state.blocks[0].grid_barrier, state.resident, false, "grid barrier", site, state.threads.data(),
-         state.resident);
+    meet(state.blocks[0].grid_barrier, state.resident, false, "grid barrier", site,
+         state.threads.data(), state.resident);
 }
 
 namespace {
@@ -105,15 +102,24 @@ unsigned long long of_all(const Meeting &m) {
         const unsigned long long v = m.value[l];
         ballot |= (v ? 1ull : 0ull) << l;
         const unsigned a = unsigned(result), b = unsigned(v);
-        if (first) result = v;
-        else if (m.what == kAdd) result = a + b;
-        else if (m.what == kMinSigned) result = unsigned(std::min(int(a), int(b)));
-        else if (m.what == kMaxSigned) result = unsigned(std::max(int(a), int(b)));
-        else if (m.what == kMinUnsigned) result = std::min(a, b);
-        else if (m.what == kMaxUnsigned) result = std::max(a, b);
-        else if (m.what == kAnd) result = a & b;
-        else if (m.what == kOr) result = a | b;
-        else if (m.what == kXor) result = a ^ b;
+        if (first)
+            result = v;
+        else if (m.what == kAdd)
+            result = a + b;
+        else if (m.what == kMinSigned)
+            result = unsigned(std::min(int(a), int(b)));
+        else if (m.what == kMaxSigned)
+            result = unsigned(std::max(int(a), int(b)));
+        else if (m.what == kMinUnsigned)
+            result = std::min(a, b);
+        else if (m.what == kMaxUnsigned)
+            result = std::max(a, b);
+        else if (m.what == kAnd)
+            result = a & b;
+        else if (m.what == kOr)
+            result = a | b;
+        else if (m.what == kXor)
+            result = a ^ b;
         first = false;
     }
     if (m.what == kBallot) return ballot;
@@ -148,8 +154,8 @@ void check_mask(const Thread &t, unsigned mask, const char *name, Site site) {
     if (!(mask >> t.lane & 1)) fail(site, "%s: mask %#x leaves out the caller", name, mask);
     for (int l = 0; l < 32; ++l) {
         if (!(mask >> l & 1)) continue;
-        if (!t.warp->lane[l]) fail(site, "%s: mask %#x names lane %d, which the block does not have",
-                                   name, mask, l);
+        if (!t.warp->lane[l])
+            fail(site, "%s: mask %#x names lane %d, which the block does not have", name, mask, l);
         if (t.warp->lane[l]->done)
             fail(site, "early exit: %s waits for lane %d, which has left the kernel", name, l);
     }
@@ -174,7 +180,7 @@ std::uint64_t collective(Collective what, unsigned mask, std::uint64_t value, in
     Thread &t = *state.current;
     check_mask(t, mask, kNames[what], site);
     Meeting &m = meeting(*t.warp, mask);
-    if (m.arrived && (m.what != what || m.site.line != site.line))
+    if (m.arrived && (m.what != what || !(m.site == site)))
         fail(site, "divergent %s: other lanes of mask %#x wait in %s at line %d", kNames[what],
              mask, kNames[m.what], m.site.line);
     m.mask = mask;
@@ -200,18 +206,20 @@ std::uint64_t collective(Collective what, unsigned mask, std::uint64_t value, in
 
 void check_leaving(Thread &t) {
     const Block &block = *t.block;
-    for (const Barrier &b : block.barrier)
-        if (b.arrived) fail(b.site, "early exit: a thread left the kernel while others wait in %s",
-                            b.name);
+    if (const Barrier &b = block.barrier; b.arrived)
+        fail(b.site, "early exit: a thread left the kernel while others wait in %s", b.name);
     for (const Meeting &m : t.warp->meeting)
         if (m.arrived && m.mask >> t.lane & 1)
             fail(m.site, "early exit: %s waits for lane %d, which has left the kernel",
                  kNames[m.what], int(t.lane));
-    if (t.in_cluster_barrier) fail(t.site, "arrived at the cluster's barrier and left without a wait");
+    if (t.in_cluster_barrier)
+        fail(t.site, "arrived at the cluster's barrier and left without a wait");
     if (state.blocks[0].cluster_barrier.arrived)
-        fail(state.blocks[0].cluster_barrier.site, "early exit: a thread left while others wait here");
+        fail(state.blocks[0].cluster_barrier.site,
+             "early exit: a thread left while others wait here");
     if (block.reached_by_peer.file)
-        fail(block.reached_by_peer, "missing cluster barrier: the block left while another, which "
+        fail(block.reached_by_peer,
+             "missing cluster barrier: the block left while another, which "
              "took an address in its shared memory here, may still use it");
     check_copies(t);
 }

@@ -10,7 +10,7 @@ struct Fiber {
     void *context = nullptr;  // where it goes on: a stack pointer, or a ucontext_t
     char *stack = nullptr;    // null for the fiber that the caller of a launch is
     std::size_t size = 0;
-    void *tsan = nullptr;       // what the race detector calls a fiber
+    void *tsan = nullptr;        // what the race detector calls a fiber
     void *fake_stack = nullptr;  // of the address sanitizer
 };
 

@@ -62,20 +62,29 @@ bool broken(const simt::Launch &l, const Function &f, char (&text)[512]) {
         unsigned long long value;
     } rules[] = {
         {!g.count() || g.x > 0x7fffffffu, "the grid's x must be in 1..2^31-1", g.x},
-        {g.y > 65535 || g.z > 65535, "the grid's y and z must be in 1..65535", g.y > g.z ? g.y : g.z},
+        {g.y > 65535 || g.z > 65535, "the grid's y and z must be in 1..65535",
+         g.y > g.z ? g.y : g.z},
         {!b.count() || b.count() > 1024, "threads per block must be in 1..1024", b.count()},
         {b.z > 64, "the block's z must be at most 64", b.z},
         {l.shared > kSharedMost, "dynamic shared memory must be at most 232448 bytes", l.shared},
-        {l.shared > f.most_shared, "dynamic shared memory must be at most what "
-         "cudaFuncSetAttribute allowed", l.shared},
+        {l.shared > f.most_shared,
+         "dynamic shared memory must be at most what "
+         "cudaFuncSetAttribute allowed",
+         l.shared},
         {!c.count() || c.count() > unsigned(kClusterMost), "a cluster must have 1..16 blocks",
          c.count()},
-        {c.count() > unsigned(kClusterPortable) && !f.large_clusters, "a cluster of more than 8 "
-         "blocks must be allowed by cudaFuncSetAttribute", c.count()},
-        {c.count() && (g.x % c.x || g.y % c.y || g.z % c.z), "the grid must be whole clusters", g.x},
-        {l.cooperative && c.count() > 1, "a cooperative launch must be without clusters", c.count()},
-        {l.cooperative && g.count() > unsigned(kProcessors) * 2, "a cooperative launch must be "
-         "resident at once (6 blocks here)", g.count()},
+        {c.count() > unsigned(kClusterPortable) && !f.large_clusters,
+         "a cluster of more than 8 "
+         "blocks must be allowed by cudaFuncSetAttribute",
+         c.count()},
+        {c.count() && (g.x % c.x || g.y % c.y || g.z % c.z), "the grid must be whole clusters",
+         g.x},
+        {l.cooperative && c.count() > 1, "a cooperative launch must be without clusters",
+         c.count()},
+        {l.cooperative && g.count() > unsigned(kProcessors) * 2,
+         "a cooperative launch must be "
+         "resident at once (6 blocks here)",
+         g.count()},
     };
     for (const auto &rule : rules) {
         if (!rule.broken) continue;
@@ -102,7 +111,8 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, void (*
         const cudaLaunchAttribute &a = config.attrs[i];
         if (a.id == cudaLaunchAttributeClusterDimension)
             l.cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
-        else if (a.id == cudaLaunchAttributeCooperative) l.cooperative = a.val.cooperative;
+        else if (a.id == cudaLaunchAttributeCooperative)
+            l.cooperative = a.val.cooperative;
         else if (a.id != cudaLaunchAttributeIgnore &&
                  a.id != cudaLaunchAttributeProgrammaticStreamSerialization)
             return remember(cudaErrorNotSupported);

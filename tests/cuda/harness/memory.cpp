@@ -92,7 +92,8 @@ void StaticShared::fill() {
     fill_bytes(begin_, size_, kGarbage);
 #ifdef SIMT_TSAN
     const auto begin = reinterpret_cast<std::uintptr_t>(begin_) & ~15ul;
-    const std::size_t size = (reinterpret_cast<std::uintptr_t>(begin_) + size_ - begin + 15) & ~15ul;
+    const std::size_t size =
+        (reinterpret_cast<std::uintptr_t>(begin_) + size_ - begin + 15) & ~15ul;
     static const bool once = (__tsan_java_init(begin, size), true);
     if (once) __tsan_java_alloc(begin, size);
 #endif
@@ -141,7 +142,8 @@ namespace {
 bool in_shared(const void *address) {
     const auto *p = static_cast<const char *>(address);
     for (const Block &block : state.blocks)
-        if (block.shared && p >= block.shared && p < block.shared + state.launch->shared) return true;
+        if (block.shared && p >= block.shared && p < block.shared + state.launch->shared)
+            return true;
     const auto *begin = reinterpret_cast<const char *>(static_shared.begin);
     return p >= begin && p < begin + static_shared.size;
 }
@@ -174,7 +176,8 @@ void check_aligned(const void *address, std::size_t bytes, Site site) {
 
 // The source is read now and the target spoilt; what is read arrives at the wait.
 void copy_async(void *to, const void *from, std::size_t bytes, std::size_t zeros, Site site) {
-    if (bytes != 4 && bytes != 8 && bytes != 16) fail(site, "asynchronous copy of %zu bytes", bytes);
+    if (bytes != 4 && bytes != 8 && bytes != 16)
+        fail(site, "asynchronous copy of %zu bytes", bytes);
     check_aligned(to, bytes, site);
     check_aligned(from, bytes, site);
     const Block &block = *state.current->block;
@@ -197,20 +200,24 @@ void wait_copies(unsigned newest) {
     const Frame frame(__builtin_return_address(0));
     for (const Copy &copy : t.copies) {
         // Copies that were never committed belong to the group still open.
-        if (copy.group + newest < t.copy_group) std::memcpy(copy.to, copy.data, copy.bytes);
-        else t.copies[kept++] = copy;
+        if (copy.group + newest < t.copy_group)
+            std::memcpy(copy.to, copy.data, copy.bytes);
+        else
+            t.copies[kept++] = copy;
     }
     t.copies.resize(kept);
 }
 
 void check_copies(Thread &t) {
-    if (!t.copies.empty()) fail(t.copies[0].site, "nobody waited for the asynchronous copy made here");
+    if (!t.copies.empty())
+        fail(t.copies[0].site, "nobody waited for the asynchronous copy made here");
 }
 
 // Fences are sequentially consistent: what came before one in some thread is seen by what comes
-// after one in another, if an atomic after the first was seen by one before the second. Threads of a
-// block may share the work: all fence, meet, one does the atomic; the other way round elsewhere. So
-// what a block's fences came after travels with its atomics, by a courier that knows nothing else.
+// after one in another, if an atomic after the first was seen by one before the second. Threads of
+// a block may share the work: all fence, meet, one does the atomic; the other way round elsewhere.
+// So what a block's fences came after travels with its atomics, by a courier that knows nothing
+// else.
 bool before_atomic(const void *address, std::size_t bytes, Site site) {
     check_aligned(address, bytes, site);
     if (++state.spins > kSpins) fail(site, "timeout: atomics all the time and nobody gets on");
@@ -218,7 +225,7 @@ bool before_atomic(const void *address, std::size_t bytes, Site site) {
     step_back();
 #ifdef SIMT_TSAN
     Block &block = *state.current->block;
-    __tsan_switch_to_fiber(block.courier.tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(block.courier, __tsan_switch_to_fiber_no_sync);
     order_acquire(&block.fence_order);
     order_release(const_cast<void *>(address));
     __tsan_switch_to_fiber(state.current->fiber.tsan, __tsan_switch_to_fiber_no_sync);
@@ -241,7 +248,7 @@ void fence() {
 }
 
 unsigned lane() { return state.current->lane; }
-unsigned cluster_rank() { return state.current->block->rank; }
+unsigned cluster_rank() { return state.launch->cooperative ? 0 : state.current->block->rank; }
 unsigned cluster_size() { return unsigned(state.launch->cluster.count()); }
 
 }  // namespace simt

@@ -52,9 +52,12 @@ void set_order(const char *name) {
 void take_turn(Thread &thread, bool last = false) {
     ++clock_ticks;
     unsigned long long key = clock_ticks;
-    if (last) key = kLast + clock_ticks;
-    else if (order == kLifo) key = kMiddle - clock_ticks;
-    else if (order == kPriority) key = thread.priority;
+    if (last)
+        key = kLast + clock_ticks;
+    else if (order == kLifo)
+        key = kMiddle - clock_ticks;
+    else if (order == kPriority)
+        key = thread.priority;
     turns.push_back({key, &thread});
     std::push_heap(turns.begin(), turns.end());
 }
@@ -86,10 +89,12 @@ void switch_to_next(Thread *from, bool finished = false) {
 void thread_main() {
     arrived_in_fiber();
     Thread &thread = *state.current;
+    order_acquire(&state.begin_order);
     state.launch->call(state.launch->arguments);
     check_leaving(thread);
     thread.done = true;
     --state.live;
+    state.spins = 0;
     if (--thread.block->live == 0) release_shared(*thread.block);
     order_release(&state.end_order);
     switch_to_next(&thread, true);
@@ -121,10 +126,12 @@ void report_deadlock() {
     for (unsigned i = 0; i < state.resident; ++i) {
         const Thread &t = state.threads[i];
         if (t.done) continue;
-        auto same = [&](const Group &g) { return g.doing == t.doing && g.site.line == t.site.line; };
+        auto same = [&](const Group &g) { return g.doing == t.doing && g.site == t.site; };
         auto found = std::find_if(groups.begin(), groups.end(), same);
-        if (found == groups.end()) groups.push_back({t.doing, t.site, 1});
-        else ++found->count;
+        if (found == groups.end())
+            groups.push_back({t.doing, t.site, 1});
+        else
+            ++found->count;
     }
     std::string text = "deadlock:";
     for (const Group &g : groups) {
@@ -142,7 +149,8 @@ void report_deadlock() {
 unsigned long long progress_at_tick = 0;
 void tick(int) {
     if (state.current && state.progress == progress_at_tick)
-        fail(state.current->site, "timeout: a thread runs on and on without meeting others; it "
+        fail(state.current->site,
+             "timeout: a thread runs on and on without meeting others; it "
              "last did at this line");
     progress_at_tick = state.progress;
 }
@@ -176,6 +184,38 @@ class Watchdog {
     itimerval old_timer_;
 };
 
+#ifdef SIMT_TSAN
+// Every block of a launch gets fibers that know nothing of what other blocks did: races between
+// blocks show. Those of blocks that are done wait for the next launch, which comes after all of
+// them. Beyond a number they are given up, since the race detector has 8128; not at once, since it
+// drops a report whose other side is gone.
+std::vector<Fiber> spent, idle;
+std::vector<void *> couriers;
+
+void spend_fibers() {
+    constexpr std::size_t kMost = 4096;
+    if (spent.size() + state.resident > kMost) {
+        for (Fiber &fiber : spent) dispose(fiber);
+        spent.clear();
+    }
+    for (unsigned i = 0; i < state.resident; ++i) {
+        spent.push_back(state.threads[i].fiber);
+        state.threads[i].fiber = Fiber();
+    }
+}
+void refresh_fibers() {
+    for (void *courier : couriers) __tsan_destroy_fiber(courier);
+    couriers.clear();
+    idle.insert(idle.end(), spent.begin(), spent.end());
+    spent.clear();
+}
+void take_idle(Fiber &fiber) {
+    if (idle.empty()) return;
+    fiber = idle.back();
+    idle.pop_back();
+}
+#endif
+
 void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index) {
     const unsigned threads = unsigned(launch.block.count()), warps = (threads + 31) / 32;
     block.index = {index.x, index.y, index.z};
@@ -184,7 +224,7 @@ void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index
     block.threads = block.live = threads;
     block.warps = &state.warps[rank * warps];
 #ifdef SIMT_TSAN
-    block.courier.tsan = __tsan_create_fiber(0);
+    couriers.push_back(block.courier = __tsan_create_fiber(0));
 #endif
     for (unsigned i = 0; i < threads; ++i) {
         Thread &t = block.first[i];
@@ -200,30 +240,12 @@ void set_up_block(Block &block, const Launch &launch, unsigned rank, Shape index
         t.index = {i % launch.block.x, i / launch.block.x % launch.block.y,
                    i / launch.block.x / launch.block.y};
         t.priority = mix(seed * 1000003 + mix(rank * 1024 + i)) >> 2;
+#ifdef SIMT_TSAN
+        take_idle(t.fiber);
+#endif
         prepare(t.fiber, thread_main);
     }
 }
-
-#ifdef SIMT_TSAN
-// The next blocks get fresh fibers, which know nothing of what the last ones did: races between
-// blocks show. The old ones stay for a while, since the race detector drops a report whose other
-// side is gone; for ever they cannot, it has 8128.
-std::vector<Fiber> spent;
-
-void dispose_spent() {
-    for (Fiber &fiber : spent) dispose(fiber);
-    spent.clear();
-}
-void spend_fibers() {
-    constexpr std::size_t kMost = 4096;
-    if (spent.size() + state.resident > kMost) dispose_spent();
-    for (unsigned i = 0; i < state.resident; ++i) {
-        spent.push_back(state.threads[i].fiber);
-        state.threads[i].fiber = Fiber();
-    }
-    for (const Block &block : state.blocks) spent.push_back(block.courier);
-}
-#endif
 
 // The blocks from `origin` on that must be resident together.
 bool run_together(const Launch &launch, Shape origin, Shape extent) {
@@ -241,6 +263,7 @@ bool run_together(const Launch &launch, Shape origin, Shape extent) {
                 set_up_block(state.blocks[rank], launch, rank,
                              {origin.x + x, origin.y + y, origin.z + z});
     for (unsigned i = 0; i < state.resident; ++i) take_turn(state.threads[i]);
+    order_release(&state.begin_order);
     switch_to_next(nullptr);
     if (!state.failed && state.live) {
         report_deadlock();
@@ -255,23 +278,32 @@ bool run_together(const Launch &launch, Shape origin, Shape extent) {
     return !state.failed;
 }
 
+// Where the groups of `step` blocks begin, in the order in which they run: as with threads.
+std::vector<Shape> origins(Shape grid, Shape step) {
+    std::vector<Shape> found;
+    for (unsigned z = 0; z < grid.z; z += step.z)
+        for (unsigned y = 0; y < grid.y; y += step.y)
+            for (unsigned x = 0; x < grid.x; x += step.x) found.push_back({x, y, z});
+    if (order == kLifo) std::reverse(found.begin(), found.end());
+    if (order == kPriority)
+        for (size_t i = found.size(); i > 1; --i) std::swap(found[i - 1], found[mix(seed + i) % i]);
+    return found;
+}
+
 bool run_grid(const Launch &launch) {
     const Shape grid = launch.grid, step = launch.cooperative ? grid : launch.cluster;
     const size_t blocks = step.count(), threads = launch.block.count();
     if (state.threads.size() < blocks * threads) state.threads.resize(blocks * threads);
     turns.reserve(blocks * threads + 1);
     StaticShared shared(launch);
-    for (unsigned z = 0; z < grid.z; z += step.z)
-        for (unsigned y = 0; y < grid.y; y += step.y)
-            for (unsigned x = 0; x < grid.x; x += step.x) {
-                shared.fill();
-                if (!run_together(launch, {x, y, z}, step)) return false;
-                if (blocks > 1 && shared.touched()) {
-                    state.current = nullptr;
-                    say({}, "static __shared__ with several blocks resident; use dynamic shared");
-                    return false;
-                }
-            }
+    for (const Shape &origin : origins(grid, step)) {
+        shared.fill();
+        if (!run_together(launch, origin, step)) return false;
+        if (blocks == 1 || !shared.touched()) continue;
+        state.current = nullptr;
+        say({}, "static __shared__ with several blocks resident; use dynamic shared");
+        return false;
+    }
     return true;
 }
 
@@ -305,7 +337,7 @@ bool run(const Launch &launch) {
     order_acquire(&state.end_order);
     free_retired();
 #ifdef SIMT_TSAN
-    dispose_spent();
+    refresh_fibers();
 #endif
     return fine;
 }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace simt {
 
@@ -15,6 +16,9 @@ struct Site {
     static constexpr Site here(const char *f = __builtin_FILE(), int l = __builtin_LINE()) {
         return {f, l};
     }
+    bool operator==(const Site &other) const {
+        return line == other.line && std::strcmp(file, other.file) == 0;
+    }
 };
 
 // Ends the launch; the kernel's threads are abandoned where they are.
@@ -23,16 +27,26 @@ struct Site {
 // Barriers. Threads of a block must meet at one line, and none may have left. Returns how many
 // came with a predicate.
 int block_barrier(const char *name, bool predicate, Site site);
-// bar.sync id, threads: several per block, each of some of its warps.
-void named_barrier(int id, int threads, Site site);
 void cluster_arrive(Site site);
 void cluster_wait(Site site);
 void grid_barrier(Site site);
 
 // What the lanes of a mask do together.
 enum Collective {
-    kSyncWarp, kShuffle, kBallot, kAny, kAll, kMatch, kAdd, kMinSigned, kMinUnsigned, kMaxSigned,
-    kMaxUnsigned, kAnd, kOr, kXor
+    kSyncWarp,
+    kShuffle,
+    kBallot,
+    kAny,
+    kAll,
+    kMatch,
+    kAdd,
+    kMinSigned,
+    kMinUnsigned,
+    kMaxSigned,
+    kMaxUnsigned,
+    kAnd,
+    kOr,
+    kXor
 };
 std::uint64_t collective(Collective what, unsigned mask, std::uint64_t value, int source,
                          Site site);

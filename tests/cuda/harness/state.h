@@ -67,23 +67,22 @@ struct Warp {
     Meeting meeting[32];  // a lane is in one at a time
 };
 
-constexpr int kNamedBarriers = 16;  // of a block; all its threads use the first
-
 struct Block {
     uint3 index = {0, 0, 0};
     unsigned rank = 0;  // in the cluster
     Thread *first = nullptr;
     unsigned threads = 0, live = 0;
     Warp *warps = nullptr;
-    Barrier barrier[kNamedBarriers];
+    Barrier barrier;
     Barrier cluster_barrier, grid_barrier;  // used in the first block for all
     char *shared = nullptr;
     // For fences: where the block's atomics were, and what its fences came after.
     const void *atomics[8] = {};
     unsigned atomic_count = 0;
     long long fence_order = 0;
-    Fiber courier;
-    Site reached_by_peer;  // where another block took an address here since the last cluster barrier
+    void *courier = nullptr;  // a fiber of the race detector's
+    Site
+        reached_by_peer;  // where another block took an address here since the last cluster barrier
 };
 
 struct State {
@@ -98,7 +97,7 @@ struct State {
     unsigned resident = 0, live = 0;  // threads
     unsigned long long progress = 0, spins = 0;
     bool failed = false;
-    long long end_order = 0;
+    long long begin_order = 0, end_order = 0;
 };
 extern State state;
 

@@ -113,7 +113,8 @@ Outcome barrier_after_atomics() {
     std::vector<int> in;
     for (float x : numbers(kThreads)) in.push_back(int(x * 1000));
     Device<int> x(in), y(std::vector<int>(kThreads, 0));
-    const cudaError_t error = launch({1, kThreads}, find_least<broken>, (const int *)x.get(), y.get());
+    const cudaError_t error =
+        launch({1, kThreads}, find_least<broken>, (const int *)x.get(), y.get());
     bool right = true;
     for (int v : y.values()) right &= broken || v == *std::min_element(in.begin(), in.end());
     return outcome(error, right);

@@ -28,8 +28,8 @@ Outcome sums(void (*kernel)(const float *, float *)) {
     const std::vector<float> in = numbers(n);
     Device<float> x(in), y(std::vector<float>(n, 0.0f));
     const unsigned shared = kThreads * sizeof(float);
-    const cudaError_t error = launch({2 * kBlocks, kThreads, shared, kBlocks}, kernel,
-                                     (const float *)x.get(), y.get());
+    const cudaError_t error =
+        launch({2 * kBlocks, kThreads, shared, kBlocks}, kernel, (const float *)x.get(), y.get());
     const std::vector<float> out = y.values();
     bool right = true;
     for (int i = 0; i < n; ++i) {
@@ -43,12 +43,12 @@ Outcome sums(void (*kernel)(const float *, float *)) {
 
 template <bool broken>
 Outcome missing_cluster_sync() {
-    return sums(add_up<broken ? kMiddle : kNone>);
+    return sums(add_up < broken ? kMiddle : kNone >);
 }
 PLANTED_CASE(missing_cluster_sync, missing_cluster_sync);
 template <bool broken>
 Outcome missing_final_cluster_sync() {
-    return sums(add_up<broken ? kFinal : kNone>);
+    return sums(add_up < broken ? kFinal : kNone >);
 }
 PLANTED_CASE(missing_final_cluster_sync, missing_final_cluster_sync);
 
@@ -58,8 +58,8 @@ Outcome rotated(void (*kernel)(const float *, float *), int by) {
     const std::vector<float> in = numbers(n);
     Device<float> x(in), y(std::vector<float>(n, 0.0f));
     const unsigned shared = kThreads * sizeof(float);
-    const cudaError_t error = launch({kBlocks, kThreads, shared, kBlocks}, kernel,
-                                     (const float *)x.get(), y.get());
+    const cudaError_t error =
+        launch({kBlocks, kThreads, shared, kBlocks}, kernel, (const float *)x.get(), y.get());
     const std::vector<float> out = y.values();
     bool right = true;
     for (int i = 0; i < n; ++i) right &= out[i] == in[(i + by * kThreads) % n];

@@ -55,8 +55,10 @@ PLANTED_CASE(missing_fence_after, missing_fence_after);
 
 template <bool broken>
 __global__ void same_place(int *out) {
-    if (broken) out[threadIdx.x] = threadIdx.x;
-    else out[blockIdx.x * kThreads + threadIdx.x] = threadIdx.x;
+    if (broken)
+        out[threadIdx.x] = threadIdx.x;
+    else
+        out[blockIdx.x * kThreads + threadIdx.x] = threadIdx.x;
 }
 
 template <bool broken>
@@ -69,22 +71,50 @@ Outcome race_between_blocks() {
 }
 PLANTED_CASE(race_between_blocks, race_between_blocks);
 
-// Waits for a block that only a cooperative launch would have running.
+// All blocks of a cooperative launch meet.
 template <bool broken>
-__global__ void turnstile(int *turn) {
-    if (threadIdx.x == 0) {
-        const int mine = broken ? int(gridDim.x - 1 - blockIdx.x) : int(blockIdx.x);
-        while (atomicAdd(turn, 0) != mine) {
-        }
-        atomicAdd(turn, 1);
+__global__ void rotate_blocks(const float *in, float *between, float *out) {
+    const int i = blockIdx.x * kThreads + threadIdx.x;
+    between[i] = in[i];
+    if (!broken) cg::this_grid().sync();
+    out[i] = between[(i + kThreads) % (gridDim.x * kThreads)];
+}
+
+template <bool broken>
+Outcome rotated(bool cooperative) {
+    const std::vector<float> in = numbers(kBlocks * kThreads);
+    Device<float> x(in), between(std::vector<float>(in.size(), 0.0f)), y(in);
+    const cudaError_t error = launch({kBlocks, kThreads, 0, 1, cooperative}, rotate_blocks<broken>,
+                                     (const float *)x.get(), between.get(), y.get());
+    const std::vector<float> out = y.values();
+    bool right = true;
+    for (size_t i = 0; i < in.size(); ++i) right &= out[i] == in[(i + kThreads) % in.size()];
+    return outcome(error, right);
+}
+template <bool broken>
+Outcome missing_grid_sync() {
+    return rotated<broken>(true);
+}
+PLANTED_CASE(missing_grid_sync, missing_grid_sync);
+template <bool broken>
+Outcome not_cooperative() {
+    return rotated<false>(!broken);
+}
+PLANTED_CASE(not_cooperative, not_cooperative);
+
+// Waits for blocks that only a cooperative launch has running.
+__global__ void all_here(int *count) {
+    if (threadIdx.x != 0) return;
+    atomicAdd(count, 1);
+    while (atomicAdd(count, 0) != int(gridDim.x)) {
     }
 }
 
 template <bool broken>
 Outcome endless_spin() {
-    Device<int> turn(std::vector<int>(1, 0));
-    const cudaError_t error = launch({3, kThreads}, turnstile<broken>, turn.get());
-    return outcome(error, turn.values()[0] == 3);
+    Device<int> count(std::vector<int>(1, 0));
+    const cudaError_t error = launch({3, kThreads, 0, 1, !broken}, all_here, count.get());
+    return outcome(error, count.values()[0] == 3);
 }
 PLANTED_CASE(endless_spin, endless_spin);
 

@@ -43,7 +43,8 @@ __global__ void mirror_static(const float *in, float *out) {
 Outcome mirrored(void (*kernel)(const float *, float *), unsigned shared) {
     const std::vector<float> in = numbers(kThreads);
     Device<float> x(in), y(std::vector<float>(kThreads, 0.0f));
-    const cudaError_t error = launch({1, kThreads, shared}, kernel, (const float *)x.get(), y.get());
+    const cudaError_t error =
+        launch({1, kThreads, shared}, kernel, (const float *)x.get(), y.get());
     const std::vector<float> out = y.values();
     bool right = true;
     for (int i = 0; i < kThreads; ++i) right &= out[i] == in[kThreads - 1 - i];
@@ -70,7 +71,8 @@ template <bool broken>
 Outcome misaligned_intrinsic() {
     const std::vector<float> in = numbers(4 * kThreads + 4);
     Device<float> x(in), y(in);
-    const cudaError_t error = launch({1, kThreads}, vectors<broken>, (const float *)x.get(), y.get());
+    const cudaError_t error =
+        launch({1, kThreads}, vectors<broken>, (const float *)x.get(), y.get());
     return outcome(error, y.values() == in);
 }
 PLANTED_CASE(misaligned_intrinsic, misaligned_intrinsic);
@@ -110,7 +112,8 @@ Outcome staging(void (*kernel)(const float *, float *), bool every) {
     const std::vector<float> in = numbers(4 * kThreads);
     Device<float> x(in), y(std::vector<float>(kThreads, 0.0f));
     const unsigned shared = 4 * kThreads * sizeof(float);
-    const cudaError_t error = launch({1, kThreads, shared}, kernel, (const float *)x.get(), y.get());
+    const cudaError_t error =
+        launch({1, kThreads, shared}, kernel, (const float *)x.get(), y.get());
     const std::vector<float> out = y.values();
     float most = -INFINITY;
     for (float v : in) most = fmaxf(most, v);

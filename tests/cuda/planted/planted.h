@@ -28,20 +28,23 @@ T *dyn_smem() {
 
 struct Shape {
     unsigned grid, block, shared = 0, cluster = 1;
+    bool cooperative = false;
 };
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(Shape shape, void (*kernel)(Parameters...), Arguments... arguments) {
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = shape.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = shape.cluster;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeCooperative;
+    attributes[1].val.cooperative = shape.cooperative;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(shape.grid);
     config.blockDim = dim3(shape.block);
     config.dynamicSmemBytes = shape.shared;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The lanes of a warp: shared memory without __syncwarp, shuffles that not all reach.
+#include <cooperative_groups/reduce.h>
+
 #include "planted.h"
 
 namespace planted::warps {
@@ -97,6 +99,14 @@ __global__ void together(const int *in, int *out) {
     wrong |= (int(tile.thread_rank()) != lane % 4 || int(tile.meta_group_rank()) != lane / 4) << 11;
     wrong |= (int(tile.ballot(v > 0)) != (ballot >> lane / 4 * 4 & 15)) << 12;
     wrong |= (__syncthreads_count(v > 0) != __popc(__ballot_sync(kAll, v > 0))) << 13;
+    wrong |= (__syncthreads_or(lane == 3) != 1 || __syncthreads_and(lane != 3) != 0) << 14;
+    int of_tile = 0;
+    for (int l = lane / 4 * 4; l < lane / 4 * 4 + 4; ++l) of_tile += in[l];
+    wrong |= (cg::reduce(tile, v, cg::plus<int>()) != of_tile) << 15;
+    wrong |= (__match_any_sync(kAll, lane / 8) != 0xffu << lane / 8 * 8) << 16;
+    wrong |= (__reduce_or_sync(kAll, 1u << lane) != kAll) << 17;
+    wrong |= (__reduce_and_sync(kAll, kAll ^ 1u << lane) != 0) << 18;
+    wrong |= (__reduce_xor_sync(kAll, 1u << lane / 2) != 0) << 19;
     out[lane] = wrong | (broken && lane == 7);
 }
 
@@ -109,5 +119,48 @@ Outcome collectives() {
     return outcome(error, y.values() == std::vector<int>(32, 0));
 }
 PLANTED_CASE(collectives, collectives);
+
+// Every atomic, by all lanes at once; results that no order changes.
+template <bool broken>
+__global__ void many_at_once(unsigned *count, unsigned long long *wide, float *sum, int *free) {
+    const unsigned lane = threadIdx.x;
+    atomicAdd(count + 0, 2u);
+    atomicSub(count + 1, 1u);
+    atomicMin(count + 2, lane + 5);
+    atomicMax(count + 3, lane + 5);
+    atomicAnd(count + 4, ~(1u << lane));
+    atomicOr(count + 5, 1u << lane);
+    atomicXor(count + 6, 1u << lane);
+    atomicInc(count + 7, broken ? 3u : 4u);
+    atomicDec(count + 8, 4u);
+    atomicExch(count + 9, 7u);
+    atomicAdd(wide, 1ull << 40);
+    atomicAdd(sum, 0.5f);
+    while (atomicCAS(free, 0, 1) != 0) {
+    }
+    __threadfence();
+    count[10] += 1;  // in turn
+    __threadfence();
+    atomicExch(free, 0);
+}
+
+template <bool broken>
+Outcome atomics() {
+    std::vector<unsigned> before(11, 0);
+    before[1] = before[2] = 100;
+    before[4] = ~0u;
+    Device<unsigned> count(before);
+    Device<unsigned long long> wide(std::vector<unsigned long long>(1, 0));
+    Device<float> sum(std::vector<float>(1, 0.0f));
+    Device<int> free(std::vector<int>(1, 0));
+    const cudaError_t error =
+        launch({1, 32}, many_at_once<broken>, count.get(), wide.get(), sum.get(), free.get());
+    const std::vector<unsigned> c = count.values();
+    const unsigned expected[] = {64, 68, 5, 36, 0, ~0u, ~0u, 32 % 5, (5 - 32 % 5) % 5, 7};
+    bool right = wide.values()[0] == 32ull << 40 && sum.values()[0] == 16.0f && c[10] == 32;
+    for (int i = 0; i < 10; ++i) right &= c[i] == expected[i];
+    return outcome(error, right);
+}
+PLANTED_CASE(atomics, atomics);
 
 }  // namespace planted::warps

@@ -35,7 +35,8 @@ inline std::uint16_t half_bits(float x) {
 inline float half_value(std::uint16_t h) {
     const std::uint32_t sign = std::uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest >= 0x7c00) return bits_float(sign | 0x7f800000 | rest << 13);
-    const float size = rest < 0x400 ? float(rest) * 0x1p-24f : bits_float((rest << 13) + 0x38000000);
+    const float size =
+        rest < 0x400 ? float(rest) * 0x1p-24f : bits_float((rest << 13) + 0x38000000);
     return bits_float(sign | float_bits(size));
 }
 

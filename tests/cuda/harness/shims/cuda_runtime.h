@@ -115,10 +115,10 @@ unsigned __match_any_sync(unsigned mask, T value, simt::Site site = simt::Site::
     return unsigned(simt::collective(simt::kMatch, mask, simt::to_bits(value), 0, site));
 }
 
-#define SIMT_REDUCE(name, T, what)                                                              \
-    inline T __reduce_##name##_sync(unsigned mask, T value,                                     \
-                                    simt::Site site = simt::Site::here()) {                     \
-        return T(simt::collective(simt::what, mask, unsigned(value), 0, site));                 \
+#define SIMT_REDUCE(name, T, what)                                              \
+    inline T __reduce_##name##_sync(unsigned mask, T value,                     \
+                                    simt::Site site = simt::Site::here()) {     \
+        return T(simt::collective(simt::what, mask, unsigned(value), 0, site)); \
     }
 SIMT_REDUCE(add, int, kAdd)
 SIMT_REDUCE(add, unsigned, kAdd)
@@ -169,17 +169,17 @@ struct Same {  // keeps an argument out of template deduction, as overloads woul
 
 }  // namespace simt
 
-#define SIMT_ATOMIC(name, expression)                                                        \
-    template <class T>                                                                       \
-    T name(T *p, typename simt::Same<T>::type v, simt::Site site = simt::Site::here()) {     \
-        return simt::atomic(p, [v](T old) -> T { return expression; }, site);                \
+#define SIMT_ATOMIC(name, expression)                                                    \
+    template <class T>                                                                   \
+    T name(T *p, typename simt::Same<T>::type v, simt::Site site = simt::Site::here()) { \
+        return simt::atomic(p, [v](T old) -> T { return expression; }, site);            \
     }
 SIMT_ATOMIC(atomicAdd, old + v)
 SIMT_ATOMIC(atomicSub, old - v)
 SIMT_ATOMIC(atomicExch, ((void)old, v))
 SIMT_ATOMIC(atomicMin, v < old ? v : old)
 SIMT_ATOMIC(atomicMax, old < v ? v : old)
-SIMT_ATOMIC(atomicAnd, old & v)
+SIMT_ATOMIC(atomicAnd, old &v)
 SIMT_ATOMIC(atomicOr, old | v)
 SIMT_ATOMIC(atomicXor, old ^ v)
 SIMT_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
@@ -191,11 +191,11 @@ T atomicCAS(T *p, typename simt::Same<T>::type expected, typename simt::Same<T>:
     return simt::atomic(p, [=](T old) { return old == expected ? v : old; }, site);
 }
 
-#define SIMT_LOAD(name)                                                                      \
-    template <class T>                                                                       \
-    T name(const T *p, simt::Site site = simt::Site::here()) {                               \
-        simt::check_aligned(p, sizeof(T), site);                                             \
-        return *p;                                                                           \
+#define SIMT_LOAD(name)                                        \
+    template <class T>                                         \
+    T name(const T *p, simt::Site site = simt::Site::here()) { \
+        simt::check_aligned(p, sizeof(T), site);               \
+        return *p;                                             \
     }
 SIMT_LOAD(__ldg)
 SIMT_LOAD(__ldcs)
@@ -204,11 +204,11 @@ SIMT_LOAD(__ldcg)
 SIMT_LOAD(__ldlu)
 SIMT_LOAD(__ldcv)
 #undef SIMT_LOAD
-#define SIMT_STORE(name)                                                                     \
-    template <class T>                                                                       \
-    void name(T *p, typename simt::Same<T>::type v, simt::Site site = simt::Site::here()) {  \
-        simt::check_aligned(p, sizeof(T), site);                                             \
-        *p = v;                                                                              \
+#define SIMT_STORE(name)                                                                    \
+    template <class T>                                                                      \
+    void name(T *p, typename simt::Same<T>::type v, simt::Site site = simt::Site::here()) { \
+        simt::check_aligned(p, sizeof(T), site);                                            \
+        *p = v;                                                                             \
     }
 SIMT_STORE(__stcs)
 SIMT_STORE(__stcg)
@@ -253,7 +253,9 @@ inline unsigned __float_as_uint(float x) { return simt::from_bits<unsigned>(simt
 inline float __int_as_float(int x) { return simt::from_bits<float>(simt::to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return simt::from_bits<float>(simt::to_bits(x)); }
 inline long long __double_as_longlong(double x) { return (long long)simt::to_bits(x); }
-inline double __longlong_as_double(long long x) { return simt::from_bits<double>(simt::to_bits(x)); }
+inline double __longlong_as_double(long long x) {
+    return simt::from_bits<double>(simt::to_bits(x));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -263,12 +265,16 @@ inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) *
 template <class A, class B>
 typename std::common_type<A, B>::type max(A a, B b) {
     typedef typename std::common_type<A, B>::type T;
-    if constexpr (std::is_floating_point<T>::value) return std::fmax(T(a), T(b));
-    else return T(a) < T(b) ? T(b) : T(a);
+    if constexpr (std::is_floating_point<T>::value)
+        return std::fmax(T(a), T(b));
+    else
+        return T(a) < T(b) ? T(b) : T(a);
 }
 template <class A, class B>
 typename std::common_type<A, B>::type min(A a, B b) {
     typedef typename std::common_type<A, B>::type T;
-    if constexpr (std::is_floating_point<T>::value) return std::fmin(T(a), T(b));
-    else return T(b) < T(a) ? T(b) : T(a);
+    if constexpr (std::is_floating_point<T>::value)
+        return std::fmin(T(a), T(b));
+    else
+        return T(b) < T(a) ? T(b) : T(a);
 }

@@ -30,7 +30,10 @@ typedef struct CUstream_st *cudaStream_t;
 #define cudaStreamPerThread ((cudaStream_t)2)
 
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice,
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
     cudaMemcpyDefault
 };
 enum cudaDeviceAttr {

@@ -2,22 +2,14 @@
 // CUDA's vector types, with CUDA's alignments.
 #pragma once
 
-#define SIMT_VECTOR(T, name, a2, a4)                                       \
-    struct name##1 {                                                       \
-        T x;                                                               \
-    };                                                                     \
-    struct alignas(a2) name##2 {                                           \
-        T x, y;                                                            \
-    };                                                                     \
-    struct name##3 {                                                       \
-        T x, y, z;                                                         \
-    };                                                                     \
-    struct alignas(a4) name##4 {                                           \
-        T x, y, z, w;                                                      \
-    };                                                                     \
-    inline name##1 make_##name##1(T x) { return {x}; }                     \
-    inline name##2 make_##name##2(T x, T y) { return {x, y}; }             \
-    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }     \
+#define SIMT_VECTOR(T, name, a2, a4)                                   \
+    struct name##1 { T x; };                                           \
+    struct alignas(a2) name##2 { T x, y; };                            \
+    struct name##3 { T x, y, z; };                                     \
+    struct alignas(a4) name##4 { T x, y, z, w; };                      \
+    inline name##1 make_##name##1(T x) { return {x}; }                 \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+    inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
     inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 SIMT_VECTOR(signed char, char, 2, 4)
