@@ -84,7 +84,7 @@ struct Statistics {
 };
 
 template <class S, class At>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, roomy(false, sizeof(S)))
     statistics_kernel(const __grid_constant__ msdkern_loss as_loss,
                       const __grid_constant__ msdkern_statistics call,
                       const __grid_constant__ Plan plan) {

@@ -7,7 +7,7 @@ namespace {
 
 // All exits of a row at once, as the loss has them: `gradient` takes the outputs.
 template <class S, class At>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, roomy(false, sizeof(S)))
     softmax_kernel(const __grid_constant__ msdkern_loss call, const __grid_constant__ Plan plan,
                    int log) {
     typedef RealOf<S> Real;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(256, 2)
 // softmax: p (g - sum_c g p) / T. log_softmax: (g - p sum_c g) / T. Outputs are the exits, upstream
 // gradients the teachers of `call`.
 template <class S, class At>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, roomy(false, sizeof(S)))
     softmax_backward_kernel(const __grid_constant__ msdkern_loss call,
                             const __grid_constant__ Plan plan, int log) {
     typedef RealOf<S> Real;
