@@ -69,7 +69,7 @@ struct Statistics {
         for (int k = s.team.local; k < s.exits; k += s.team.lanes) {
             s.state[k].inverse_t = 1 / s.exchange.get(k);
             s.state[k].log_t = logarithm(s.exchange.get(k));
-            if (s.team.blocks > 1) s.state[k].prediction = in_block(s.state, 0)[k].prediction;
+            if (s.team.block != 0) s.state[k].prediction = in_block(s.state, 0)[k].prediction;
         }
         s.team.sync();
         sums();

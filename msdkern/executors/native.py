@@ -26,7 +26,6 @@ DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "soft_ce": 3}
 SCALAR, ROWS, ROWS_BACKWARD = 0, 1, 2
 
 
-
 def load_module(name: str) -> tuple[Any, str | None]:
     """A native module that has this package's ABI, or None and why there is none."""
     try:

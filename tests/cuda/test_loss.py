@@ -164,5 +164,5 @@ def test_a_launch_that_fails_says_why(on_cuda, monkeypatch):
         workspace = on_cuda.workspace
 
     monkeypatch.setattr(cuda, "_load", lambda: (Broken, None))
-    with pytest.raises(RuntimeError, match="^multi_exit_loss: CUDA says: out of memory$"):
+    with pytest.raises(RuntimeError, match=r"^multi_exit_loss: CUDA says: out of memory$"):
         msdkern.multi_exit_loss([torch.zeros(1, 2)])
