@@ -69,7 +69,7 @@ MSDKERN_DEVICE Factors factors(const msdkern_loss &call, const Plan &plan, doubl
     double given = call.normalizer;
     if (call.normalizer_at) given = double(*static_cast<const Real *>(call.normalizer_at));
     if (call.normalizer_at || given != 0)
-        f.ce = f.rows = given > 0 && given <= 1e300 ? 1 / given : double(NAN);
+        f.ce = f.rows = given > 0 ? 1 / given : given == 0 ? 0 : double(NAN);
     else if (call.mean)
         f.ce = f.mean_ce, f.rows = f.mean_rows;
     return f;

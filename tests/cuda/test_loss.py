@@ -2,6 +2,9 @@
 """The loss on the executor `cuda`, executed by the harness: the oracle and the cases of every
 executor, every rung of the ladder, several orders of threads."""
 
+import itertools
+import math
+
 import hypothesis
 import pytest
 import torch
@@ -117,8 +120,16 @@ def test_numbers_in_device_memory(on_cuda, request):
     assert all(torch.equal(a, b) for a, b in zip(expected[1], found[1], strict=True))
 
 
-@pytest.mark.parametrize("name", ["temperature", "normalizer"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_count_of_no_rows(numbers_there):
+    loss, gradients = call(normalizer=0.0)
+    assert loss == 0
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0.0), *itertools.product(("temperature", "normalizer"), (-1.0, math.nan))],
+)
 def test_numbers_that_cannot_be_make_nan(numbers_there, name, value):
     loss, gradients = call(**{name: value})
     assert loss.isnan()
