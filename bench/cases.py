@@ -9,7 +9,7 @@ from typing import Any
 
 # Formulations tried by default; the four headline cases try all of them, because compiling K^2
 # terms takes most of the time of a first run and has never won.
-COLLAPSED = ("gram", "stacked", "mean teacher")
+COLLAPSED = ("gram", "stacked", "mean teacher", "closed form")
 EVERY = ("pairwise", "shared", *COLLAPSED)
 PER_EXIT = ("per exit", "stacked")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_OPS = torch.ops.msdkern
+from msdkern.executors import call
 
 
 def _refuse_second_order(op: str) -> None:
@@ -40,7 +40,9 @@ def _versions(values: Iterable[Any]) -> list[tuple[Tensor, int]]:
     """Weights, targets, teachers and temperature as they are now. `save_for_backward` would also
     keep watch, but refuses tensors made in inference mode, as a teacher's logits may be.
     """
-    flat = (t for v in values for t in (v if isinstance(v, (list, tuple)) else (v,)))
+    flat: list[Any] = []
+    for v in values:
+        flat += v if type(v) is list else (v,)
     return [(t, t._version) for t in flat if isinstance(t, Tensor) and not t.is_inference()]
 
 
@@ -69,8 +71,14 @@ def _gradients(
     exits = len(logits) if logits[0].dim() == 2 else logits[0].shape[0]
     exit_weight = upstream.expand(exits) if exit_weight is None else exit_weight * upstream
     inputs = (teachers, target, exit_weight.contiguous(), pairs, pair_weight)
-    *_, gradients = _OPS.multi_exit_loss.default(
-        [z.detach() for z in logits], *inputs, pair_scale * upstream, *others, wanted, executor
+    *_, gradients = call(
+        "multi_exit_loss",
+        [z.detach() for z in logits],
+        *inputs,
+        pair_scale * upstream,
+        *others,
+        wanted,
+        executor,
     )
     return gradients
 
@@ -82,8 +90,8 @@ class _MultiExitLoss(torch.autograd.Function):
         # as much again as the loss.
         ctx.wanted = wanted = ctx.needs_input_grad[2:]
         ready = _ready_in_forward(logits)
-        loss, *values, gradients = _OPS.multi_exit_loss.default(
-            logits, *rest[:-1], wanted if ready else (), rest[-1]
+        loss, *values, gradients = call(
+            "multi_exit_loss", logits, *rest[:-1], wanted if ready else (), rest[-1]
         )
         report += values
         ctx.rest, ctx.gradients = rest, gradients if ready else None
@@ -101,7 +109,7 @@ class _MultiExitLoss(torch.autograd.Function):
             _check_versions("multi_exit_loss", ctx.versions)
             gradients = _gradients(logits, rest, wanted, upstream)
         else:
-            _OPS.scale_.default(gradients, upstream, rest[-1])
+            call("scale_", gradients, upstream, rest[-1])
         return (None, None, *_spread(gradients, wanted))
 
 
@@ -113,8 +121,8 @@ class _TracedMultiExitLoss(torch.autograd.Function):
         logits, rest = inputs[:count], inputs[count:]
         wanted = [z.requires_grad for z in logits]
         ready = _ready_in_forward(logits)
-        *values, gradients = _OPS.multi_exit_loss.default(
-            list(logits), *rest[:-1], wanted if ready else [], rest[-1]
+        *values, gradients = call(
+            "multi_exit_loss", list(logits), *rest[:-1], wanted if ready else [], rest[-1]
         )
         ctx.wanted, ctx.rest, ctx.ready = tuple(wanted), rest, ready
         ctx.save_for_backward(*(gradients if ready else logits))
@@ -133,7 +141,7 @@ class _TracedMultiExitLoss(torch.autograd.Function):
 def multi_exit_loss(logits: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     """The op with its gradient. `rest` is the schema's order, less `gradient`."""
     if not _wants_gradient(logits):
-        return _OPS.multi_exit_loss.default(logits, *rest[:-1], [], rest[-1])[:-1]
+        return call("multi_exit_loss", logits, *rest[:-1], [], rest[-1])[:-1]
     if torch.compiler.is_compiling():
         return _TracedMultiExitLoss.apply(len(logits), *logits, *rest)
     report: list[Tensor] = []
@@ -144,7 +152,7 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, count: int, *inputs: Any) -> tuple[Tensor, Tensor]:
         logits, rest = inputs[:count], inputs[count:]
-        outputs = _OPS.multi_exit_row_losses.default(list(logits), *rest)
+        outputs = call("multi_exit_row_losses", list(logits), *rest)
         ctx.wanted, ctx.rest = tuple(z.requires_grad for z in logits), rest
         ctx.versions = [] if torch.compiler.is_compiling() else _versions(rest)
         ctx.save_for_backward(*logits)
@@ -155,8 +163,14 @@ class _RowLosses(torch.autograd.Function):
         _refuse_second_order("multi_exit_row_losses")
         _check_versions("multi_exit_row_losses", ctx.versions)
         logits, rest = list(ctx.saved_tensors), ctx.rest
-        gradients = _OPS.multi_exit_row_losses_backward.default(
-            grad_ce, grad_divergence, logits, *rest[:-1], list(ctx.wanted), rest[-1]
+        gradients = call(
+            "multi_exit_row_losses_backward",
+            grad_ce,
+            grad_divergence,
+            logits,
+            *rest[:-1],
+            list(ctx.wanted),
+            rest[-1],
         )
         return (None, *_spread(gradients, ctx.wanted), *(None,) * len(rest))
 
@@ -164,7 +178,7 @@ class _RowLosses(torch.autograd.Function):
 def multi_exit_row_losses(logits: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     """The op with its gradient. `rest` is the schema's order."""
     if not _wants_gradient(logits):
-        return _OPS.multi_exit_row_losses.default(logits, *rest)
+        return call("multi_exit_row_losses", logits, *rest)
     return _RowLosses.apply(len(logits), *logits, *rest)
 
 
@@ -173,7 +187,7 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, temperature: Tensor, log: bool, executor: str, *logits: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs = _OPS.multi_exit_softmax.default(list(logits), temperature, log, executor)
+        outputs = call("multi_exit_softmax", list(logits), temperature, log, executor)
         ctx.arguments, ctx.wanted = (temperature, log, executor), ctx.needs_input_grad[3:]
         ctx.versions = [] if torch.compiler.is_compiling() else _versions([temperature])
         ctx.save_for_backward(*outputs)
@@ -183,8 +197,8 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         _refuse_second_order("multi_exit_softmax")
         _check_versions("multi_exit_softmax", ctx.versions)
-        gradients = _OPS.multi_exit_softmax_backward.default(
-            list(upstream), list(ctx.saved_tensors), *ctx.arguments
+        gradients = call(
+            "multi_exit_softmax_backward", list(upstream), list(ctx.saved_tensors), *ctx.arguments
         )
         kept = [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
         return (None, None, None, *kept)
@@ -195,5 +209,5 @@ def multi_exit_softmax(
 ) -> tuple[Tensor, ...] | list[Tensor]:
     """The op with its gradient."""
     if not _wants_gradient(logits):
-        return _OPS.multi_exit_softmax.default(logits, temperature, log, executor)
+        return call("multi_exit_softmax", logits, temperature, log, executor)
     return _Softmax.apply(temperature, log, executor, *logits)

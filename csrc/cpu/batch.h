@@ -21,9 +21,17 @@ struct Partial {
           matrix(call.pair_divergence ? at + 3 * call.exits : nullptr) {}
 };
 
+INLINE double reciprocal(double x) { return x > 0 ? 1 / x : 0; }
+
 // (3), (4) What the labels say of the whole batch.
 struct Normalizers {
     double rows = 0, cross_entropy = 0;  // valid rows; the sum of their labels' class weights
+
+    // r of the divergences, or of the cross entropies: a normalizer overrides the reduction.
+    double r(const msdkern_loss &call, double counted) const {
+        if (call.normalizer != 0) return 1 / call.normalizer;
+        return call.mean ? reciprocal(counted) : 1;
+    }
 };
 
 template <class Real>
@@ -50,8 +58,6 @@ static int count_rows(msdkern_loss &call, Normalizers &result) {
     return MSDKERN_OK;
 }
 
-INLINE double reciprocal(double x) { return x > 0 ? 1 / x : 0; }
-
 // Adds the blocks' sums in order and writes the batch's values.
 template <class Real>
 static void finish(const msdkern_loss &call, const Normalizers &batch, double *sums,
@@ -60,15 +66,13 @@ static void finish(const msdkern_loss &call, const Normalizers &batch, double *s
     for (int64_t b = 1; b < blocks; ++b)
         for (int64_t f = 0; f < fields; ++f) sums[f] += sums[b * fields + f];
     const Partial total(sums, call);
-    const double given = call.normalizer != 0 ? 1 / call.normalizer : 1;
-    const bool mean = call.mean && call.normalizer == 0;
+    const double r_ce = batch.r(call, batch.cross_entropy), r_rows = batch.r(call, batch.rows);
     const double per_row = reciprocal(batch.rows), per_label = reciprocal(batch.cross_entropy);
     double loss = 0;
     for (int k = 0; k < call.exits; ++k) {
         static_cast<Real *>(call.cross_entropy)[k] = Real(per_label * total.cross_entropy[k]);
         static_cast<Real *>(call.divergence_mean)[k] = Real(per_row * total.divergence[k]);
-        loss += (mean ? per_label : given) * total.weighted_ce[k];
-        loss += (mean ? per_row : given) * total.divergence[k];
+        loss += r_ce * total.weighted_ce[k] + r_rows * total.divergence[k];
     }
     *static_cast<Real *>(call.loss) = Real(loss);
     if (!total.matrix) return;

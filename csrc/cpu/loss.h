@@ -4,6 +4,7 @@
 
 #include "batch.h"
 #include "general.h"
+#include "group.h"
 #include "weights.h"
 
 namespace MSDKERN_NAMESPACE {
@@ -14,8 +15,10 @@ enum class Form { kScalar, kRows, kRowsBackward };
 constexpr int64_t kRowSetBytes = 8 << 20;
 // Sums run over at most this many classes before they are added up: fewer roundings in a row.
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kPrefetched = 4096;  // the next row is fetched early up to this many classes
-constexpr int64_t kWindow = 256;       // classes per step when they are recomputed or converted
+constexpr int kFewVectors = 32;   // up to here it does not pay to look for maxima in pieces
+constexpr int64_t kWindow = 256;  // classes per step when they are recomputed or converted
+constexpr int64_t kGroupBytes = 16 << 10;  // of exponentials kept for samples worked on together
+constexpr int64_t kMostSamples = 16;
 
 template <class S>
 struct Loss {
@@ -32,17 +35,15 @@ struct Loss {
     double sum_of_weights;  // of class_weight, for label smoothing
     bool divergent, gradient, general, dense_target, stored;
     Powers power;
-    int64_t stride, window;
+    int64_t stride, window, samples;  // samples: worked on together
     SweepFunction<Real> student;
     TwoSweeps<Real> careful, two_sweeps;  // pair by pair, and what this call uses
 
     Loss(const msdkern_loss &c, Form f, const Normalizers &batch)
         : call(c), form(f), exits(c.exits), rows(c.exits + c.teachers), classes(c.classes) {
         const double squared = c.temperature_squared ? c.temperature * c.temperature : 1;
-        const double given = c.normalizer != 0 ? 1 / c.normalizer : 1;
-        const bool mean = c.mean && c.normalizer == 0;
-        ce_factor = Real(mean ? reciprocal(batch.cross_entropy) : given);
-        row_factor = Real(mean ? reciprocal(batch.rows) : given);
+        ce_factor = Real(batch.r(c, batch.cross_entropy));
+        row_factor = Real(batch.r(c, batch.rows));
         scale = Real(c.pair_scale * squared);
         smoothing = Real(c.label_smoothing / double(c.classes));
         gradient = false;
@@ -56,6 +57,7 @@ struct Loss {
         stride = padded<Real>(classes);
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
         stored = kept <= kRowSetBytes;
+        samples = most<int64_t>(1, stored ? least(kMostSamples, kGroupBytes / kept) : 1);
         window = least(stride, padded<Real>(stored && kDirect ? kBlock : kWindow));
         careful = two_sweeps = find_pair_sweeps<Real>(c.divergence);
         const bool named = c.pairs == MSDKERN_PAIRS_MUTUAL || c.pairs == MSDKERN_PAIRS_DEEPER;
@@ -65,6 +67,8 @@ struct Loss {
                              : find_student_sweep<Real>(
                                    c.pairs == MSDKERN_PAIRS_NONE ? MSDKERN_PAIRS_DENSE : c.pairs,
                                    c.divergence == MSDKERN_SOFT_CE, gradient);
+        if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits)
+            if (const auto unrolled = find_unrolled<Real>(c.pairs, exits)) student = unrolled;
         sum_of_weights = double(classes);
         if (c.class_weight) {
             sum_of_weights = 0;
@@ -85,29 +89,34 @@ struct Loss {
     static Real *real(void *p) { return static_cast<Real *>(p); }
     static const Real *real(const void *p) { return static_cast<const Real *>(p); }
 
-    // Scratch of one thread: exponentials [rows][arrays][kept], gradients [exits][window], the
-    // target's mass [stride], W [exits][rows], D [exits][rows].
+    // Scratch of one thread: exponentials [samples][rows][arrays][kept], gradients [exits][window]
+    // that are yet to be converted, the mass of a dense target [stride], W [exits][rows], D
+    // [exits][rows], and the group's scalars.
     int64_t kept_classes() const { return stored ? stride : window; }
+    int64_t kept_sample() const { return rows * arrays() * kept_classes(); }
+    int64_t matrix() const { return (exits * rows / 16 + 1) * 16; }
+    int64_t converted() const { return kDirect ? 0 : exits * window; }
+    int64_t mass() const { return dense_target ? stride : 0; }
+    size_t scratch_reals() const {
+        return size_t(samples * kept_sample() + converted() + mass() + 2 * matrix());
+    }
     size_t scratch_bytes() const {
-        const int64_t matrices = 2 * (exits * rows / 16 + 1) * 16;
-        return sizeof(Real) *
-               size_t(rows * arrays() * kept_classes() + exits * window + stride + matrices);
+        return scratch_reals() * sizeof(Real) + Group<Real>::bytes(samples * rows);
     }
 
     struct Scratch {
         Real *kept, *gradient, *mass, *weight, *matrix;
+        Group<Real> group;
     };
     Scratch scratch(void *memory) const {
-        Scratch s;
-        s.kept = static_cast<Real *>(memory);
-        s.gradient = s.kept + rows * arrays() * kept_classes();
-        s.mass = s.gradient + exits * window;
-        s.weight = s.mass + stride;
-        s.matrix = s.weight + (exits * rows / 16 + 1) * 16;
-        return s;
+        Real *const kept = static_cast<Real *>(memory);
+        Real *const gradients = kept + samples * kept_sample();
+        Real *const u = gradients + converted(), *const weight = u + mass();
+        return {kept,   gradients,         u,
+                weight, weight + matrix(), Group<Real>(kept + scratch_reals(), samples * rows)};
     }
-    RowStore<Real> store_of(const Scratch &scratch, int r) const {
-        Real *at = scratch.kept + r * arrays() * kept_classes();
+    RowStore<Real> store_of(const Scratch &scratch, int sample, int r) const {
+        Real *at = scratch.kept + sample * kept_sample() + r * arrays() * kept_classes();
         RowStore<Real> result = {at, at + kept_classes(), at + kept_classes()};
         if (arrays() == 3) result.one = at + 2 * kept_classes();
         return result;
@@ -140,27 +149,26 @@ struct Loss {
         return sum<Real>(total);
     }
 
-    struct Softmaxes {
-        Real maximum[MSDKERN_MAX_ROWS], log_one[MSDKERN_MAX_EXITS], inverse_one[MSDKERN_MAX_EXITS];
-    };
-
-    // Maxima, exponentials and their sums of all rows of sample n.
-    void softmaxes(int64_t n, const Scratch &scratch, Sweep<Real> &s, Softmaxes &result) const {
-        Real at_t[MSDKERN_MAX_ROWS];
+    Top<Real> top_of(const S *row, const S *next) const {
+        return classes < kFewVectors * W ? row_top<1>(row, classes, next)
+                                         : row_top<4>(row, classes, next);
+    }
+    // Maxima, exponentials and their sums of the rows of sample n.
+    void softmaxes(int64_t n, int sample, const Scratch &scratch) const {
+        const Group<Real> &g = scratch.group;
+        const int first = sample * rows;
         for (int r = 0; r < rows; ++r) {
-            const S *row = row_of(r, n);
-            const S *next =
-                n + 1 < call.rows && classes <= kPrefetched ? row_of(r, n + 1) : nullptr;
-            const Real m = result.maximum[r] = row_maximum(row, classes, next);
-            const RowSums<Real> sums = exponentials_of(row, m, store_of(scratch, r));
-            at_t[r] = sums.at_t;
-            if (r < exits) {
-                result.log_one[r] = sums.at_one;
-                result.inverse_one[r] = 1 / sums.at_one;
-            }
+            const S *next = row_of(r, n + (n + 1 < call.rows));
+            const Top<Real> top = top_of(row_of(r, n), next);
+            g.maximum[first + r] = top.maximum;
+            g.argmax[first + r] = top.argmax;
         }
-        if (divergent) slacks(s, at_t);
-        logarithms(result.log_one, exits);
+        for (int r = 0; r < rows; ++r) {
+            const RowSums<Real> sums =
+                exponentials_of(row_of(r, n), g.maximum[first + r], store_of(scratch, sample, r));
+            g.sum_t[first + r] = sums.at_t;
+            g.sum_one[first + r] = sums.at_one;
+        }
     }
 
     RowSums<Real> exponentials_of(const S *row, Real m, RowStore<Real> out) const {
@@ -178,39 +186,48 @@ struct Loss {
 
     static const bool kDirect = sizeof(S) == sizeof(Real);  // gradients need no conversion
 
+    // Sample n, the `index`th of its group, whose rows begin at `first` in the group's arrays.
+    struct Sample {
+        int64_t n;
+        int index, first;
+        const Scratch &scratch;
+        Sweep<Real> &s;
+    };
+
     // Runs a sweep over all classes, window by window, and stores gradients in their dtype.
-    void run(SweepFunction<Real> sweep, int64_t n, const Scratch &scratch, Sweep<Real> &s,
-             const Softmaxes &softmax, bool writes) const {
+    void run(SweepFunction<Real> sweep, const Sample &x, bool writes) const {
+        Sweep<Real> &s = x.s;
         for (int64_t begin = 0; begin < classes; begin += window) {
             const int64_t count = least(window, classes - begin);
-            if (!stored) refill(n, begin, count, scratch, softmax);
-            if (window < classes) aim(s, scratch, begin);
+            if (!stored) refill(x, begin, count);
+            if (window < classes) aim(x, begin);
             for (int k = 0; k < exits; ++k) {
                 s.out[k] = nullptr;
                 if (!writes || !call.gradient[k]) continue;
                 s.out[k] =
-                    kDirect ? direct(gradient_of(k, n)) + begin : scratch.gradient + k * window;
+                    kDirect ? direct(gradient_of(k, x.n)) + begin : x.scratch.gradient + k * window;
             }
             sweep(s, count);
-            if (writes && !kDirect) flush(n, begin, count, s);
+            if (writes && !kDirect) flush(x, begin, count);
         }
     }
-    void refill(int64_t n, int64_t begin, int64_t count, const Scratch &scratch,
-                const Softmaxes &softmax) const {
+    void refill(const Sample &x, int64_t begin, int64_t count) const {
         for (int r = 0; r < rows; ++r)
-            exponentials<true>(power, row_of(r, n) + begin, count, softmax.maximum[r], inverse_t,
-                               store_of(scratch, r));
+            exponentials<true>(power, row_of(r, x.n) + begin, count,
+                               x.scratch.group.maximum[x.first + r], inverse_t,
+                               store_of(x.scratch, x.index, r));
     }
     // Points the sweep at the classes from `begin` on.
-    void aim(Sweep<Real> &s, const Scratch &scratch, int64_t begin) const {
+    void aim(const Sample &x, int64_t begin) const {
+        Sweep<Real> &s = x.s;
         const int64_t at = stored ? begin : 0;
         for (int r = 0; r < rows; ++r) {
-            const RowStore<Real> kept = store_of(scratch, r);
+            const RowStore<Real> kept = store_of(x.scratch, x.index, r);
             s.x[r] = kept.x + at;
             s.e[r] = kept.e + at;
             if (r < exits) s.one[r] = kept.one + at;
         }
-        s.mass = dense_target ? scratch.mass + begin : nullptr;
+        s.mass = dense_target ? x.scratch.mass + begin : nullptr;
     }
     static Real *direct(Real *p) { return p; }
     template <class Other>
@@ -218,44 +235,62 @@ struct Loss {
         return nullptr;  // another dtype is never written directly
     }
     // The label's share is subtracted in Real, before rounding to the storage dtype.
-    void flush(int64_t n, int64_t begin, int64_t count, Sweep<Real> &s) const {
-        const int64_t label = call.label && !dense_target ? call.label[n] - begin : -1;
+    void flush(const Sample &x, int64_t begin, int64_t count) const {
+        const Sweep<Real> &s = x.s;
+        const int64_t label = call.label && !dense_target ? call.label[x.n] - begin : -1;
         for (int k = 0; k < exits; ++k) {
             if (!s.out[k]) continue;
-            S *to = gradient_of(k, n) + begin;
+            S *to = gradient_of(k, x.n) + begin;
             if (label >= 0 && label < count) s.out[k][label] -= s.mass_scale[k];
             int64_t c = 0;
             for (; c + W <= count; c += W) store(to + c, load(s.out[k] + c));
             if (c < count) store_partial(to + c, int(count - c), load(s.out[k] + c));
         }
     }
-    void subtract_label(int64_t n, const Sweep<Real> &s) const {
+    void subtract_label(const Sample &x) const {
         if (!kDirect || !call.label || dense_target) return;
         for (int k = 0; k < exits; ++k)
-            if (call.gradient[k]) direct(gradient_of(k, n))[call.label[n]] -= s.mass_scale[k];
+            if (call.gradient[k]) direct(gradient_of(k, x.n))[call.label[x.n]] -= x.s.mass_scale[k];
     }
 
     void zero_row(int64_t n) const {
         for (int k = 0; k < exits; ++k)
             if (call.gradient[k]) memset(gradient_of(k, n), 0, size_t(classes) * sizeof(S));
     }
+    bool ignored(int64_t n) const { return call.label && call.label[n] == call.ignore_index; }
 
-    // (1)-(7) for sample n.
-    void row(int64_t n, const Scratch &scratch, Sweep<Real> &s, Partial *partial) const {
-        const bool ignore = call.label && call.label[n] == call.ignore_index;
-        if (ignore && form != Form::kScalar) return ignored(n);
-        Softmaxes softmax;
-        softmaxes(n, scratch, s, softmax);
-        if (form == Form::kScalar) predictions(n, softmax);
-        if (ignore) return ignored(n);
+    // (1)-(7) for samples first to last, `samples` of them at most.
+    void group(int64_t first, int64_t last, const Scratch &scratch, Sweep<Real> &s,
+               Partial *partial) const {
+        const int count = int(last - first);
+        for (int i = 0; i < count; ++i) softmaxes(first + i, i, scratch);
+        if (divergent) normalize_at_t(scratch.group, count, rows, exits);
+        normalize_at_one(scratch.group, count * rows);
+        for (int i = 0; i < count; ++i) {
+            const Sample x = {first + i, i, i * rows, scratch, s};
+            if (form == Form::kScalar) predictions(x);
+            if (ignored(x.n))
+                leave_out(x.n);
+            else
+                sample(x, partial);
+        }
+    }
+    void sample(const Sample &x, Partial *partial) const {
+        Sweep<Real> &s = x.s;
+        const Group<Real> &g = x.scratch.group;
+        s.log_t = g.log_t + x.first;
+        s.inverse_t = g.inverse_t + x.first;
+        s.gap = g.gap + x.first;
+        s.slack = g.slack + x.first;
+        aim(x, 0);
         Real ce[MSDKERN_MAX_EXITS];
-        cross_entropies(n, scratch, s, softmax, ce);
-        if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, scratch.weight, n);
-        divergences_and_gradients(n, scratch, s, softmax);
+        cross_entropies(x, ce);
+        if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, x.scratch.weight, x.n);
+        divergences_and_gradients(x);
         if (partial) {
             for (int k = 0; k < exits; ++k) {
                 partial->cross_entropy[k] += double(ce[k]);
-                partial->weighted_ce[k] += double(exit_weight(k, n) * ce[k]);
+                partial->weighted_ce[k] += double(exit_weight(k, x.n) * ce[k]);
                 partial->divergence[k] += double(scale * s.value[k]);
             }
             if (s.matrix)
@@ -263,19 +298,21 @@ struct Loss {
         }
         if (form == Form::kRows)
             for (int k = 0; k < exits; ++k) {
-                real(call.row_cross_entropy)[k * call.rows + n] = exit_weight(k, n) * ce[k];
-                real(call.row_divergence)[k * call.rows + n] = scale * s.value[k];
+                real(call.row_cross_entropy)[k * call.rows + x.n] = exit_weight(k, x.n) * ce[k];
+                real(call.row_divergence)[k * call.rows + x.n] = scale * s.value[k];
             }
     }
-    void predictions(int64_t n, const Softmaxes &softmax) const {
+    void predictions(const Sample &x) const {
+        const Group<Real> &g = x.scratch.group;
         for (int k = 0; k < exits; ++k) {
-            const Real confidence = softmax.inverse_one[k];
-            real(call.confidence)[k * call.rows + n] = confidence;
-            call.prediction[k * call.rows + n] =
-                row_argmax(row_of(k, n), classes, softmax.maximum[k], confidence != confidence);
+            const Real confidence = g.inverse_one[x.first + k];
+            real(call.confidence)[k * call.rows + x.n] = confidence;
+            call.prediction[k * call.rows + x.n] = confidence == confidence
+                                                       ? g.argmax[x.first + k]
+                                                       : first_nan(row_of(k, x.n), classes);
         }
     }
-    void ignored(int64_t n) const {
+    void leave_out(int64_t n) const {
         zero_row(n);
         if (form != Form::kRows) return;
         for (int k = 0; k < exits; ++k)
@@ -287,62 +324,61 @@ struct Loss {
         return real(call.exit_weight)[call.exit_weight_per_row ? k * call.rows + n : k];
     }
     // CE_k[n] and the scales of its gradient.
-    void cross_entropies(int64_t n, const Scratch &scratch, Sweep<Real> &s,
-                         const Softmaxes &softmax, Real *ce) const {
+    void cross_entropies(const Sample &x, Real *ce) const {
+        Sweep<Real> &s = x.s;
+        const Group<Real> &g = x.scratch.group;
         const bool labelled = call.label || call.target;
         Real mass = 0;
         if (dense_target)
-            mass = target_mass(scratch.mass, n);
+            mass = target_mass(x.scratch.mass, x.n);
         else if (call.label)
-            mass = class_weight(call.label[n]);
+            mass = class_weight(call.label[x.n]);
         for (int k = 0; k < exits; ++k) {
-            const S *row = row_of(k, n);
-            const Real m = softmax.maximum[k], log_one = softmax.log_one[k];
+            const S *row = row_of(k, x.n);
+            const Real m = g.maximum[x.first + k], log_one = g.log_one[x.first + k];
             ce[k] = 0;
             if (dense_target) {
-                ce[k] = dense_cross_entropy(row, scratch.mass, m, log_one);
+                ce[k] = dense_cross_entropy(row, x.scratch.mass, m, log_one);
             } else if (call.label) {
-                const Real z = load_partial(row + call.label[n], 1, Real(0))[0];
+                const Real z = load_partial(row + call.label[x.n], 1, Real(0))[0];
                 ce[k] = mass * (log_one - (z - m));
             }
             Real upstream = ce_factor;
             if (form == Form::kRowsBackward)
-                upstream = real(call.upstream_cross_entropy)[k * call.rows + n];
-            const Real a = labelled ? upstream * exit_weight(k, n) : Real(0);
-            s.p_scale[k] = a * mass * softmax.inverse_one[k];
+                upstream = real(call.upstream_cross_entropy)[k * call.rows + x.n];
+            const Real a = labelled ? upstream * exit_weight(k, x.n) : Real(0);
+            s.p_scale[k] = a * mass * g.inverse_one[x.first + k];
             s.mass_scale[k] = dense_target ? a : a * mass;
         }
     }
-    void divergences_and_gradients(int64_t n, const Scratch &scratch, Sweep<Real> &s,
-                                   const Softmaxes &softmax) const {
+    void divergences_and_gradients(const Sample &x) const {
+        Sweep<Real> &s = x.s;
         for (int k = 0; k < exits; ++k) {
             Real upstream = row_factor;
             if (form == Form::kRowsBackward)
-                upstream = real(call.upstream_divergence)[k * call.rows + n];
+                upstream = real(call.upstream_divergence)[k * call.rows + x.n];
             s.pair_scale[k] = upstream * scale * (general ? Real(1) : s.share[k] * inverse_t);
         }
         clear(s);
         if (!divergent && !gradient) return;
         if (divergent && general) {
-            run_general(two_sweeps, n, scratch, s, softmax);
+            run_general(two_sweeps, x);
             // A class masked with -inf makes running sums inf - inf; the pairs are careful.
-            if (two_sweeps.values != careful.values && not_finite(s))
-                run_general(careful, n, scratch, s, softmax);
+            if (two_sweeps.values != careful.values && not_finite(s)) run_general(careful, x);
         } else {
-            run(student, n, scratch, s, softmax, gradient);
+            run(student, x, gradient);
             if (divergent && not_finite(s)) {
                 clear(s);
-                run(careful.values, n, scratch, s, softmax, false);
+                run(careful.values, x, false);
             }
         }
         if (divergent) correct_values(s, call.divergence);
-        if (gradient) subtract_label(n, s);
+        if (gradient) subtract_label(x);
     }
-    void run_general(const TwoSweeps<Real> &sweeps, int64_t n, const Scratch &scratch,
-                     Sweep<Real> &s, const Softmaxes &softmax) const {
-        clear(s);
-        run(sweeps.values, n, scratch, s, softmax, false);
-        if (gradient) run(sweeps.gradients, n, scratch, s, softmax, true);
+    void run_general(const TwoSweeps<Real> &sweeps, const Sample &x) const {
+        clear(x.s);
+        run(sweeps.values, x, false);
+        if (gradient) run(sweeps.gradients, x, true);
     }
     void clear(Sweep<Real> &s) const {
         for (int k = 0; k < exits; ++k) s.value[k] = s.total[k] = 0;
@@ -371,8 +407,8 @@ struct Loss {
         sweep.detach = call.detach_teacher != 0;
         sweep.beta = Real(call.beta);
         pair_weights(call, sweep, s.weight);
-        aim(sweep, s, 0);
-        for (int64_t n = first; n < last; ++n) row(n, s, sweep, partial);
+        for (int64_t n = first; n < last; n += samples)
+            group(n, least(last, n + samples), s, sweep, partial);
         arena().trim();
     }
     mutable int failed = 0;

@@ -91,8 +91,7 @@ INLINE void for_vectors(const S *row, int64_t classes, typename Kind<S>::Real fi
 }
 
 template <class S>
-INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes,
-                                          const S *prefetch = nullptr) {
+INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes) {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
@@ -100,11 +99,6 @@ INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes,
     V m0 = lowest, m1 = lowest, m2 = lowest, m3 = lowest;
     int64_t c = 0;
     for (; c + 4 * W <= classes; c += 4 * W) {
-        if (prefetch) {
-            // Prefetchers stop at page boundaries, and rows of one exit lie far apart.
-            for (int i = 0; i < 4 * W * int(sizeof(S)); i += 64)
-                __builtin_prefetch(reinterpret_cast<const char *>(prefetch + c) + i);
-        }
         m0 = maximum(load(row + c), m0);
         m1 = maximum(load(row + c + W), m1);
         m2 = maximum(load(row + c + 2 * W), m2);
@@ -136,7 +130,16 @@ INLINE int64_t first_class(const S *row, int64_t classes, Test test) {
     return classes;
 }
 
-// The lowest index of the maximum m, or of the first NaN where there is one, as torch.argmax.
+// torch.argmax answers with the first NaN where there is one; 0 where there is none.
+template <class S>
+static int64_t first_nan(const S *row, int64_t classes) {
+    typedef VecOf<typename Kind<S>::Real> V;
+    const int64_t c =
+        first_class(row, classes, [](V z) __attribute__((always_inline)) { return z != z; });
+    return c < classes ? c : 0;
+}
+
+// The lowest index of the maximum m, or of the first NaN where there is one.
 template <class S, class Real>
 static int64_t row_argmax(const S *row, int64_t classes, Real m, bool may_have_nan) {
     typedef VecOf<Real> V;
@@ -148,6 +151,59 @@ static int64_t row_argmax(const S *row, int64_t classes, Real m, bool may_have_n
     const int64_t c =
         first_class(row, classes, [m](V z) __attribute__((always_inline)) { return z == m; });
     return c < classes ? c : 0;  // -inf in every class: padding may answer first
+}
+
+// The largest logit and its lowest class in one pass; NaN is passed over, and where there is no
+// other value the class is 0. `next` is read soon: rows of one exit lie far apart, and prefetchers
+// stop at page boundaries.
+template <class Real>
+struct Top {
+    Real maximum;
+    int64_t argmax;
+};
+// P vectors make a piece of the row whose place is noted: more cost less on the way, and more to
+// find the class in the end.
+template <int P, class S>
+INLINE Top<typename Kind<S>::Real> row_top(const S *row, int64_t classes, const S *next) {
+    typedef typename Kind<S>::Real Real;
+    typedef VecOf<Real> V;
+    typedef typename Vector<Real>::Int I;
+    const int W = kLanes<Real>, kPiece = P * W;
+    const Real lowest = Real(-__builtin_inf());
+    V best = splat(lowest);
+    I at = I{}, here = I{};  // where the piece of the row begins that holds a lane's maximum
+    auto add = [&](V z, int step) __attribute__((always_inline)) {
+        at = z > best ? here : at;
+        best = maximum(z, best);
+        here += step;
+    };
+    int64_t c = 0;
+    for (; c + kPiece <= classes; c += kPiece) {
+        for (int i = 0; i < kPiece * int(sizeof(S)); i += 64)
+            __builtin_prefetch(reinterpret_cast<const char *>(next + c) + i);
+        V z = load(row + c);
+        for (int v = 1; v < P; ++v) z = maximum(load(row + c + v * W), z);
+        add(z, kPiece);
+    }
+    for_vectors(row + c, classes - c, lowest,
+                [&](int64_t, V z) __attribute__((always_inline)) { add(z, W); });
+    const Real m = largest<Real>(best);
+    int64_t first = classes;
+    typename Vector<Real>::Lane begins[kLanes<Real>];
+    write(begins, at);
+    for (unsigned lanes = lanes_equal(best, m); lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        first = least<int64_t>(first, begins[lane] + (P == 1 ? lane : 0));
+    }
+    if (P == 1) return {m, first < classes ? first : 0};
+    uint64_t hits = 0;
+    for (int v = 0; v < P && first + v * W < classes; ++v) {
+        const int n = int(least<int64_t>(W, classes - first - v * W));
+        const S *part = row + first + v * W;
+        const V z = n == W ? load(part) : load_partial(part, n, lowest);
+        hits |= uint64_t(lanes_equal(z, m)) << (v * W);
+    }
+    return {m, hits ? first + __builtin_ctzll(hits) : 0};
 }
 
 // How the exponentials at T = 1 follow from those at T: e^(z - m) = (e^((z - m) / T))^T.

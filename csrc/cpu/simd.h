@@ -272,24 +272,39 @@ INLINE Real largest(VecOf<Real> v) {
     return reduce(v, Largest());
 }
 
-// The first lane for which a comparison holds, or -1.
-INLINE int first_lane(IntF hit) {
+// The lanes for which a comparison holds, as bits.
+INLINE unsigned lanes_of(IntF hit) {
 #if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
-    const unsigned lanes = _mm512_test_epi32_mask((__m512i)hit, (__m512i)hit);
-    return lanes ? __builtin_ctz(lanes) : -1;
+    return _mm512_test_epi32_mask((__m512i)hit, (__m512i)hit);
 #elif defined(__AVX__) && !defined(MSDKERN_VECTOR_BYTES)
-    const int lanes = _mm256_movemask_ps((__m256)hit);
-    return lanes ? __builtin_ctz(unsigned(lanes)) : -1;
+    return unsigned(_mm256_movemask_ps((__m256)hit));
 #else
-    for (int i = 0; i < kLanes<float>; ++i)
-        if (hit[i]) return i;
-    return -1;
+    unsigned lanes = 0;
+    for (int i = 0; i < kLanes<float>; ++i) lanes |= unsigned(hit[i] != 0) << i;
+    return lanes;
 #endif
 }
-INLINE int first_lane(IntD hit) {
-    for (int i = 0; i < kLanes<double>; ++i)
-        if (hit[i]) return i;
-    return -1;
+INLINE unsigned lanes_of(IntD hit) {
+    unsigned lanes = 0;
+    for (int i = 0; i < kLanes<double>; ++i) lanes |= unsigned(hit[i] != 0) << i;
+    return lanes;
+}
+
+// The lanes that hold x, as bits.
+INLINE unsigned lanes_equal(VecF v, float x) {
+#if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_EQ_OQ);
+#else
+    return lanes_of(IntF(v == x));
+#endif
+}
+INLINE unsigned lanes_equal(VecD v, double x) { return lanes_of(IntD(v == x)); }
+
+// The first lane for which a comparison holds, or -1.
+template <class I>
+INLINE int first_lane(I hit) {
+    const unsigned lanes = lanes_of(hit);
+    return lanes ? __builtin_ctz(lanes) : -1;
 }
 
 // exp(x) for x <= 0, exactly 1 at 0 and exactly 0 below the smallest normal; NaN for NaN. -----

@@ -11,6 +11,8 @@ namespace MSDKERN_NAMESPACE {
 // Vectors of classes worked on at once: what is read per exit serves all of them.
 constexpr int kTile = 3;
 
+#define UNROLL _Pragma("GCC unroll 8")
+
 // One sample, seen through a window of its classes.
 template <class Real>
 struct Sweep {
@@ -19,10 +21,9 @@ struct Sweep {
     const Real *x[MSDKERN_MAX_ROWS], *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
     const Real *mass;              // u, the target's mass on each class, or null
     Real *out[MSDKERN_MAX_EXITS];  // gradient, or null
-    // Whole row: l = x - log_t, q = e inverse_t.
-    Real log_t[MSDKERN_MAX_ROWS], inverse_t[MSDKERN_MAX_ROWS];
-    // log_t less the deepest exit's, and what rounding does to a row's divergences (slacks()).
-    Real gap[MSDKERN_MAX_ROWS], slack[MSDKERN_MAX_ROWS];
+    // Whole row: l = x - log_t, q = e inverse_t; log_t less the deepest exit's, and what rounding
+    // does to a row's divergences (group.h).
+    const Real *log_t, *inverse_t, *gap, *slack;
     // Gradient of the cross entropy: p_scale * one - mass_scale * u.
     Real p_scale[MSDKERN_MAX_EXITS], mass_scale[MSDKERN_MAX_EXITS];
     // Divergence of student i: share[i] times a sum over teachers whose weights sum to n[i].
@@ -48,26 +49,8 @@ INLINE V relative_log(const Sweep<Real> &s, int r, int64_t c, V reference_x, Rea
     return (load(s.x[r] + c) - reference_x) - gap;
 }
 
-// The normaliser S of a row enters as log S, rounded, and as 1 / S, rounded: then log q and q do
-// not quite belong together, and a KL of near-identical exits, which is of second order, inherits
-// an error of first order. That error is a constant per row, known here: rounding adds
-// slack[j] - slack[i] to sum_c q_j (l_j - l_i) + (q_i - q_j). `sums` holds S on entry.
-template <class Real>
-static void slacks(Sweep<Real> &s, const Real *sums) {
-    double logs[MSDKERN_MAX_ROWS];
-    for (int r = 0; r < s.rows; ++r) logs[r] = double(sums[r]);
-    logarithms(logs, s.rows);
-    for (int r = 0; r < s.rows; ++r) {
-        const double gap = logs[r] - logs[s.exits - 1];
-        s.log_t[r] = Real(logs[r]);
-        s.gap[r] = Real(gap);
-        s.inverse_t[r] = 1 / sums[r];
-        const double excess = double(s.inverse_t[r]) * double(sums[r]) - 1;
-        s.slack[r] = Real((gap - double(s.gap[r])) - excess);
-    }
-}
-
-// Takes it out of the divergences. W holds the weights, share included.
+// Takes what rounding does to the divergences out of them (group.h). W holds the weights, share
+// included.
 template <class Real>
 static void correct_values(Sweep<Real> &s, int divergence) {
     if (divergence != MSDKERN_FORWARD_KL && divergence != MSDKERN_REVERSE_KL) return;
@@ -81,25 +64,48 @@ static void correct_values(Sweep<Real> &s, int divergence) {
         }
 }
 
+// q and x of every row for NV vectors of classes, read once. With K known the compiler keeps them
+// in registers; K = 0 stands for any number.
+template <class Real, int NV, int K>
+struct Tile {
+    typedef VecOf<Real> V;
+    V q[K ? K : MSDKERN_MAX_ROWS][NV], x[K ? K : MSDKERN_MAX_ROWS][NV];
+    INLINE_MEMBER void read(const Sweep<Real> &s, int rows, int64_t c) {
+        UNROLL for (int r = 0; r < rows; ++r) for (int v = 0; v < NV; ++v) {
+            q[r][v] = probability<Real, V>(s, r, c + v * kLanes<Real>);
+            x[r][v] = load(s.x[r] + c + v * kLanes<Real>);
+        }
+    }
+    // d of row r less row j's: 0 where they agree, and nearly exact where they almost do.
+    INLINE_MEMBER V distance(int r, int j, int v, Real gap) const {
+        return (x[r][v] - x[j][v]) - gap;
+    }
+};
+
 // Mixers: mass = sum_j w_j q_j and moment = sum_j w_j q_j d_j over the teachers of student i, asked
 // for from the deepest exit to the shallowest, for NV vectors of classes.
 template <class Real, int NV>
 struct Mixture {
     typedef VecOf<Real> V;
     static const bool kOwnShare = false;
+    static const bool kAllRows = false;    // external teachers count as well
     static const bool kRemembers = false;  // passed() is of interest
     static const bool kChain = false;      // d is taken relative to the exit passed last
     V mass[NV], moment[NV];
     INLINE_MEMBER void clear() {
         for (int v = 0; v < NV; ++v) mass[v] = moment[v] = V{};
     }
-    INLINE_MEMBER void begin(const Sweep<Real> &, int64_t, const V *) { clear(); }
-    INLINE_MEMBER void select(const Sweep<Real> &, int) {}
+    template <class T>
+    INLINE_MEMBER void begin(const Sweep<Real> &, const T &, int) {
+        clear();
+    }
+    template <class T>
+    INLINE_MEMBER void select(const Sweep<Real> &, const T &, int, int) {}
     INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, mass[v]); }
     INLINE_MEMBER V value(int v, V gradient, V d) const {
         return forward_kl_value(gradient, d, mass[v], moment[v]);
     }
-    INLINE_MEMBER void passed(int, int, V, V) {}
+    INLINE_MEMBER void passed(bool, int, V, V) {}
 };
 
 // All exits teach. The student's own share adds nothing to a divergence, so one sum serves all.
@@ -113,20 +119,18 @@ struct Mutual : Mixture<Real, NV> {
     INLINE_MEMBER V gradient(int v, V q, V n) const {
         return forward_kl_gradient(q - deepest[v], n, excess[v]);
     }
-    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *deepest_x) {
-        this->clear();
+    template <class T>
+    INLINE_MEMBER void begin(const Sweep<Real> &s, const T &tile, int exits) {
+        const int last = exits - 1;
         for (int v = 0; v < NV; ++v) {
-            deepest[v] = probability<Real, V>(s, s.exits - 1, c + v * kLanes<Real>);
-            excess[v] = V{};
+            deepest[v] = tile.q[last][v];
+            excess[v] = this->moment[v] = V{};
         }
-        for (int k = 0; k < s.exits; ++k)
-            for (int v = 0; v < NV; ++v) {
-                const int64_t at = c + v * kLanes<Real>;
-                const V q = probability<Real, V>(s, k, at);
-                excess[v] += q - deepest[v];
-                this->moment[v] += q * relative_log(s, k, at, deepest_x[v], s.gap[k]);
-            }
-        for (int v = 0; v < NV; ++v) this->mass[v] = excess[v] + Real(s.exits) * deepest[v];
+        UNROLL for (int k = 0; k < last; ++k) for (int v = 0; v < NV; ++v) {
+            excess[v] += tile.q[k][v] - deepest[v];
+            this->moment[v] += tile.q[k][v] * tile.distance(k, last, v, s.gap[k]);
+        }
+        for (int v = 0; v < NV; ++v) this->mass[v] = excess[v] + Real(exits) * deepest[v];
     }
 };
 
@@ -135,7 +139,7 @@ template <class Real, int NV>
 struct Deeper : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kRemembers = true;
-    INLINE_MEMBER void passed(int, int v, V q, V d) {
+    INLINE_MEMBER void passed(bool, int v, V q, V d) {
         this->mass[v] += q;
         this->moment[v] += q * d;
     }
@@ -147,23 +151,16 @@ struct Next : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kRemembers = true;
     static const bool kChain = true;
-    INLINE_MEMBER void passed(int, int v, V q, V) { this->mass[v] = q; }
+    INLINE_MEMBER void passed(bool, int v, V q, V) { this->mass[v] = q; }
 };
 
-// The deepest exit teaches.
+// The deepest exit teaches. It is the reference of d, so its own moment is 0.
 template <class Real, int NV>
 struct Last : Mixture<Real, NV> {
     typedef VecOf<Real> V;
-    int deepest = 0;
     static const bool kRemembers = true;
-    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t, const V *) {
-        this->clear();
-        deepest = s.exits - 1;
-    }
-    INLINE_MEMBER void passed(int i, int v, V q, V d) {
-        if (i != deepest) return;
-        this->mass[v] = q;
-        this->moment[v] = q * d;
+    INLINE_MEMBER void passed(bool deepest, int v, V q, V) {
+        if (deepest) this->mass[v] = q;
     }
 };
 
@@ -172,24 +169,17 @@ struct Last : Mixture<Real, NV> {
 template <class Real, int NV>
 struct Dense : Mixture<Real, NV> {
     typedef VecOf<Real> V;
-    V q[MSDKERN_MAX_ROWS][NV], x[MSDKERN_MAX_ROWS][NV];
-    INLINE_MEMBER void begin(const Sweep<Real> &s, int64_t c, const V *) {
-        for (int r = 0; r < s.rows; ++r)
-            for (int v = 0; v < NV; ++v) {
-                const int64_t at = c + v * kLanes<Real>;
-                q[r][v] = probability<Real, V>(s, r, at);
-                x[r][v] = load(s.x[r] + at);
-            }
-    }
-    INLINE_MEMBER void select(const Sweep<Real> &s, int i) {
+    static const bool kAllRows = true;
+    template <class T>
+    INLINE_MEMBER void select(const Sweep<Real> &s, const T &tile, int rows, int i) {
         this->clear();
-        for (int r = 0; r < s.rows; ++r) {
-            const Real w = s.weight[i * s.rows + r], gap = s.gap[r] - s.gap[i];
+        UNROLL for (int r = 0; r < rows; ++r) {
+            const Real w = s.weight[i * rows + r], gap = s.gap[r] - s.gap[i];
             if (w == 0) continue;
             for (int v = 0; v < NV; ++v) {
-                const V share = q[r][v] * w;
+                const V share = tile.q[r][v] * w;
                 this->mass[v] += share;
-                this->moment[v] += share * ((x[r][v] - x[i][v]) - gap);
+                this->moment[v] += share * tile.distance(r, i, v, gap);
             }
         }
     }
@@ -207,75 +197,96 @@ INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
 // teachers, and the whole gradient. One sweep, O(K) but for Dense.
-template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradient, int NV>
+template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradient, int NV, int K>
 INLINE void student_tile(const Sweep<Real> &s, int64_t c, VecOf<Real> *value, int partial = 0) {
     typedef VecOf<Real> V;
-    const int W = kLanes<Real>;
-    V reference_x[NV];
-    const int deepest = s.exits - 1;
-    Real reference_gap = 0;
-    for (int v = 0; v < NV; ++v) reference_x[v] = load(s.x[deepest] + c + v * W);
-    Mixer<Real, NV> mixer;
-    mixer.begin(s, c, reference_x);
-    for (int i = deepest; i >= 0; --i) {
-        mixer.select(s, i);
+    typedef Mixer<Real, NV> M;
+    const int W = kLanes<Real>, exits = K ? K : s.exits, rows = K ? K : s.rows;
+    Tile<Real, NV, K> tile;
+    tile.read(s, M::kAllRows ? rows : exits, c);
+    M mixer;
+    mixer.begin(s, tile, exits);
+    UNROLL for (int i = exits - 1; i >= 0; --i) {
+        mixer.select(s, tile, rows, i);
         const V n = splat(s.n[i]);
-        const Real distance = s.gap[i] - reference_gap;
+        const int reference = M::kChain && i + 1 < exits ? i + 1 : exits - 1;
+        const Real gap_i = s.gap[i] - s.gap[reference];
         Real *const out = kGradient ? s.out[i] : nullptr;
         V total = V{};
         for (int v = 0; v < NV; ++v) {
             const int64_t at = c + v * W;
-            const V q = probability<Real, V>(s, i, at);
-            const V d = relative_log(s, i, at, reference_x[v], distance);
-            const V mass = mixer.mass[v];
-            const V gap = mixer.gradient(v, q, n);
+            const V q = tile.q[i][v], d = tile.distance(i, reference, v, gap_i);
+            const V mass = mixer.mass[v], gradient = mixer.gradient(v, q, n);
             if (kSoft)
-                total -= (load(s.x[i] + at) - s.log_t[i]) * (mixer.kOwnShare ? mass - q : mass);
+                total -= (tile.x[i][v] - s.log_t[i]) * (M::kOwnShare ? mass - q : mass);
             else
-                total += mixer.value(v, gap, d);
+                total += mixer.value(v, gradient, d);
             if (out) {
-                V g = gap * s.pair_scale[i];
+                V g = gradient * s.pair_scale[i];
                 g += load(s.one[i] + at) * s.p_scale[i];
                 if (s.mass) g -= load(s.mass + at) * s.mass_scale[i];
                 store_some(out + at, g, partial);
             }
-            if (mixer.kRemembers) mixer.passed(i, v, q, d);
-            if (mixer.kChain) reference_x[v] = load(s.x[i] + at);
+            if (M::kRemembers) mixer.passed(i == exits - 1, v, q, d);
         }
-        if (mixer.kChain) reference_gap = s.gap[i];
         value[i] += total;
     }
 }
 
-template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradient>
+template <class Real, template <class, int> class Mixer, bool kSoft, bool kGradient, int K>
 static void student_sweep(Sweep<Real> &s, int64_t classes) {
     typedef VecOf<Real> V;
-    const int W = kLanes<Real>;
-    V value[MSDKERN_MAX_EXITS];
-    for (int i = 0; i < s.exits; ++i) value[i] = V{};
+    const int W = kLanes<Real>, NV = K ? 1 : kTile;
+    V value[K ? K : MSDKERN_MAX_EXITS];
+    const int exits = K ? K : s.exits;
+    for (int i = 0; i < exits; ++i) value[i] = V{};
     int64_t c = 0;
-    for (; c + kTile * W <= classes; c += kTile * W)
-        student_tile<Real, Mixer, kSoft, kGradient, kTile>(s, c, value);
-    for (; c + W <= classes; c += W) student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value);
-    if (c < classes) student_tile<Real, Mixer, kSoft, kGradient, 1>(s, c, value, int(classes - c));
-    for (int i = 0; i < s.exits; ++i) s.value[i] += s.share[i] * sum<Real>(value[i]);
+    for (; c + NV * W <= classes; c += NV * W)
+        student_tile<Real, Mixer, kSoft, kGradient, NV, K>(s, c, value);
+    for (; c + W <= classes; c += W) student_tile<Real, Mixer, kSoft, kGradient, 1, K>(s, c, value);
+    if (c < classes)
+        student_tile<Real, Mixer, kSoft, kGradient, 1, K>(s, c, value, int(classes - c));
+    for (int i = 0; i < exits; ++i) s.value[i] += s.share[i] * sum<Real>(value[i]);
 }
 
 template <class Real>
 using SweepFunction = void (*)(Sweep<Real> &, int64_t);
 
-// [pairs][soft][gradient]
+// [pairs][soft][gradient], any number of exits.
 template <class Real>
 static SweepFunction<Real> find_student_sweep(int pairs, bool soft, bool gradient) {
-#define ROW(M)                                                                         \
-    {                                                                                  \
-        {student_sweep<Real, M, false, false>, student_sweep<Real, M, false, true>},   \
-            {student_sweep<Real, M, true, false>, student_sweep<Real, M, true, true>}, \
+#define ROW(M)                                                                               \
+    {                                                                                        \
+        {student_sweep<Real, M, false, false, 0>, student_sweep<Real, M, false, true, 0>},   \
+            {student_sweep<Real, M, true, false, 0>, student_sweep<Real, M, true, true, 0>}, \
     }
     static const SweepFunction<Real> table[5][2][2] = {ROW(Mutual), ROW(Last), ROW(Deeper),
                                                        ROW(Next), ROW(Dense)};
 #undef ROW
     return table[pairs - MSDKERN_PAIRS_MUTUAL][soft][gradient];
+}
+
+// [exits - 2], few exits and no external teachers: forward KL of a float training step, unrolled
+// where that pays. Null where there is none.
+template <class Real>
+static SweepFunction<Real> find_unrolled(int, int) {
+    return nullptr;
+}
+template <>
+SweepFunction<float> find_unrolled<float>(int pairs, int exits) {
+    constexpr int kMost = 8;
+#define ONE(M, K) student_sweep<float, M, false, true, K>
+#define ROW(M)                                                                          \
+    {                                                                                   \
+        ONE(M, 2), ONE(M, 3), ONE(M, 4), ONE(M, 5), ONE(M, 6), ONE(M, 7), ONE(M, kMost) \
+    }
+    static const SweepFunction<float> mutual[kMost - 1] = ROW(Mutual),
+                                                     dense[kMost - 1] = ROW(Dense);
+#undef ROW
+#undef ONE
+    if (exits < 2 || exits > kMost) return nullptr;
+    if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[exits - 2];
+    return pairs == MSDKERN_PAIRS_DENSE ? dense[exits - 2] : nullptr;
 }
 
 // (6) Cross entropy alone.

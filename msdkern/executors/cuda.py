@@ -59,7 +59,7 @@ class _Cuda(native.Machine):
 
     def number(self, value: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
         if value.device.type == "cpu":
-            return value.item(), None
+            return float(value.item()), None
         return 1.0, value.to(reference.accumulation_dtype(dtype))
 
     def stream(self, device: torch.device) -> int:

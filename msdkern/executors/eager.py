@@ -31,6 +31,11 @@ def _check_positive(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be positive and finite; got {value.item()}")
 
 
+def _check_count(op: str, name: str, value: Tensor) -> None:
+    if value.device.type == "cpu" and not 0 <= value.item() < math.inf:
+        raise ValueError(f"{op}: {name} must be finite and not negative; got {value.item()}")
+
+
 def _check_labels(op: str, target: Tensor | None, classes: int, skip: int) -> None:
     if target is None or target.is_floating_point() or target.device.type != "cpu":
         return
@@ -143,8 +148,8 @@ def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...
     one = torch.ones_like(mean_ce)
     r_ce, r_rows = (mean_ce, mean_rows) if reduction == "mean" else (one, one)
     if normalizer is not None:
-        _check_positive("multi_exit_loss", "normalizer", normalizer)
-        r_ce = r_rows = one / normalizer.to(one)
+        _check_count("multi_exit_loss", "normalizer", normalizer)
+        r_ce = r_rows = reference.reciprocal(normalizer.to(one))
     statistics = [reference.statistics(z) for z in rows.logits]
     upstream = (r_ce.expand_as(ce), r_rows.expand_as(ce))
     return (

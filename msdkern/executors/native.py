@@ -119,7 +119,7 @@ class Machine:
 
     def number(self, value: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
         """A 0-d tensor as a number that kernels get by value, or as one whose address they get."""
-        return value.item(), None
+        return float(value.item()), None
 
     def place(
         self, like: Tensor, exits: int, teachers: int, scalars: Sequence[Tensor | None]
@@ -179,8 +179,9 @@ class Machine:
         divisor, divisor_there = 0.0, None  # none given
         if normalizer is not None:
             divisor, divisor_there = self.number(normalizer, dtype)
-            if divisor_there is None and not 0 < divisor < math.inf:
-                raise ValueError(f"{op}: normalizer must be positive and finite; got {divisor}")
+            if not 0 <= divisor < math.inf:
+                raise ValueError(f"{op}: normalizer must be finite and not negative; got {divisor}")
+            divisor = divisor or math.inf  # no rows counted: r = 0
         there = (t_there, scale_there, divisor_there)
         status, bad_label = self.kernels().loss(
             form,

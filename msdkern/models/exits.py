@@ -89,17 +89,17 @@ def add_exits(
         raise ValueError("add_exits: blocks=None needs an example input; got example=None")
     begin, end = _chain(model, parts.stem), _chain(model, parts.tail)
     classifier = _module(model, parts.head)
-    places = _places(at, len(trunk))
+    chosen = places("add_exits", at, len(trunk))
     fresh = _Fresh(initialize or he_initialize)
 
     # Exits are copied before the stages take the modules, so no copy is ever of a used module.
     exits = [
         Exit(_branch(trunk[g + 1 :], blocks, fresh), fresh(end), fresh(classifier))
-        for g in places[:-1]
+        for g in chosen[:-1]
     ]
     exits.append(Exit(nn.Identity(), end, classifier))
     stages, start = [], 0
-    for g, exit in zip(places, exits, strict=True):
+    for g, exit in zip(chosen, exits, strict=True):
         pieces = [begin] * (start == 0) + trunk[start : g + 1]
         stages.append(Stage(nn.Sequential(*pieces), exit))
         start = g + 1
@@ -145,11 +145,12 @@ def _chain(model: nn.Module, part: Part | Sequence[Part]) -> nn.Module:
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
-def _places(at: Sequence[int] | None, count: int) -> list[int]:
-    places = sorted({*range(count)} if at is None else {*at, count - 1})
-    if any(not isinstance(g, int) or not 0 <= g < count for g in places):
-        raise ValueError(f"add_exits: at must be groups between 0 and {count - 1}; got {at}")
-    return places
+def places(op: str, at: Sequence[int] | None, count: int) -> list[int]:
+    """Where exits are, in order: ``at`` and the last of ``count`` groups; None: everywhere."""
+    chosen = sorted({*range(count)} if at is None else {*at, count - 1})
+    if any(not isinstance(g, int) or not 0 <= g < count for g in chosen):
+        raise ValueError(f"{op}: at must be groups between 0 and {count - 1}; got {at}")
+    return chosen
 
 
 # Branches -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from msdkern import ops
 from msdkern.nn.losses import MultiExitLoss, Number
+from msdkern.reference import reciprocal
 
 
 class DKDLoss(MultiExitLoss):
@@ -77,13 +78,15 @@ class DKDLoss(MultiExitLoss):
         )
         valid = target != self.ignore_index
         divergence = self._divergence(logits, teachers[0], target, valid)
-        rows = valid.sum().clamp(min=1) if normalizer is None else normalizer
-        if self.options["reduction"] == "sum" and normalizer is None:
-            rows = 1
-        total = loss + divergence.sum() / rows
+        total = loss + divergence.sum() * self._per_row(valid, normalizer)
         mean = divergence.detach().sum(1) / valid.sum().clamp(min=1)
         self.terms = {**self.terms, "loss": total.detach(), "divergence": mean}
         return total
+
+    def _per_row(self, valid: Tensor, normalizer: Number | None) -> Tensor | float:
+        if normalizer is not None:
+            return reciprocal(torch.as_tensor(normalizer, device=valid.device).float())
+        return 1.0 if self.options["reduction"] == "sum" else reciprocal(valid.sum().float())
 
     def _divergence(
         self, logits: Sequence[Tensor] | Tensor, teacher: Tensor, target: Tensor, valid: Tensor

@@ -105,9 +105,11 @@ def _stacked(features: Sequence[Tensor]) -> Tensor:
 def _rows(like: Tensor, valid: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
     """What a mean over rows divides by, as a 0-d tensor: never read on the host, never zero."""
     if isinstance(normalizer, Tensor):
-        return normalizer.to(like.device, like.dtype)
+        rows = normalizer.to(like.device, like.dtype)
+        return torch.where(rows > 0, rows, torch.inf)  # 0, nothing counted, gives 0
     if normalizer is not None:
-        return torch.full((), float(normalizer), dtype=like.dtype, device=like.device)
+        count = float(normalizer) or math.inf
+        return torch.full((), count, dtype=like.dtype, device=like.device)
     if valid is None:
         return torch.full((), max(like.shape[0], 1), dtype=like.dtype, device=like.device)
     return valid.sum().clamp(min=1).to(like.dtype)

@@ -134,6 +134,16 @@ def positive(op: str, name: str, value: float | Tensor) -> None:
         fail(op, f"{name} must be positive and finite", value)
 
 
+def count(op: str, name: str, value: float | Tensor) -> None:
+    """What a sum is divided by: 0 where nothing was counted."""
+    if isinstance(value, Tensor):
+        return
+    if not isinstance(value, NUMBERS):
+        fail(op, f"{name} must be a number or a 0-d tensor", value, TypeError)
+    if not (value >= 0 and value < math.inf):
+        fail(op, f"{name} must be finite and not negative", value)
+
+
 def share(op: str, name: str, value: float) -> None:
     """A number between 0 and 1."""
     if not isinstance(value, NUMBERS) or not 0.0 <= value <= 1.0:

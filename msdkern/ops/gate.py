@@ -41,7 +41,7 @@ def exit_statistics(logits: Tensor | Sequence[Tensor]) -> ExitStatistics:
     checks.rows_and_classes(op, z)
     executor = executors.select(op, z[0].device.type)
     z = [t.detach() for t in z]
-    return ExitStatistics(*torch.ops.msdkern.exit_statistics.default(z, executor))
+    return ExitStatistics(*executors.call("exit_statistics", z, executor))
 
 
 def _fake_statistics(logits: Sequence[Tensor], executor: str) -> tuple[Tensor, ...]:

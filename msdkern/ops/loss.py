@@ -85,7 +85,8 @@ def multi_exit_loss(
             nothing to any term, divergences included, and gets a zero gradient.
         reduction: "mean" or "sum".
         normalizer: a number or a 0-d tensor that divides the summed loss instead of the row
-            count: pass the global count under gradient accumulation or data parallelism.
+            count: pass the global count under gradient accumulation or data parallelism. 0, the
+            count where no row is valid anywhere, gives loss 0, as "mean" over no rows does.
         pair_divergence: also return the means of D_ij over valid rows.
 
     Returns:
@@ -113,7 +114,7 @@ def multi_exit_loss(
     checks.choice(op, "reduction", reduction, ("mean", "sum"))
     first = arguments[0][0]
     if normalizer is not None:
-        checks.positive(op, "normalizer", normalizer)
+        checks.count(op, "normalizer", normalizer)
         normalizer = checks.scalar(op, "normalizer", normalizer, first)
     executor = executors.select(op, first.device.type)
     result = autograd.multi_exit_loss(

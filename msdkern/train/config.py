@@ -55,7 +55,11 @@ class TrainConfig:
     lr: float = option(0.1, "peak learning rate of SGD with Nesterov momentum")
     momentum: float = option(0.9, "momentum")
     weight_decay: float = option(5e-4, "weight decay of the matrices; biases and norms have none")
-    schedule: str = option("cosine", "learning rate over the steps", choices=("cosine", "constant"))
+    schedule: str = option(
+        "cosine",
+        "learning rate over the steps; multistep: a tenth from 50%, a hundredth from 75%",
+        choices=("cosine", "constant", "multistep"),
+    )
     warmup: float = option(0.05, "share of the steps over which the learning rate first rises")
     seed: int = option(0, "seed of weights, order and augmentation")
 

@@ -9,11 +9,12 @@ from torch import nn
 
 import msdkern
 from msdkern import models
+from msdkern.models import resnet
 
-DEPTHS = {name: int(name.removeprefix("resnet")) for name in models.names()}
+DEPTHS = {name: int(name.removeprefix("resnet")) for name in resnet.TABLE}
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", resnet.TABLE)
 def test_depth_is_in_the_name(name):
     network = models.create(name, 10, width=2)
     weights = [m for s in network.stages for m in s.trunk.modules() if isinstance(m, nn.Conv2d)]

@@ -267,6 +267,18 @@ def test_normalizer_overrides_reduction_and_weights(normalizer, server, logits, 
             torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("normalizer", [0, 0.0, torch.tensor(0), torch.tensor(0.0)])
+def test_a_count_of_no_rows_gives_zero(normalizer, server, logits, target):
+    """And does not mean "none given"."""
+    for labels in (target, torch.full_like(target, -100)):
+        loss = msdkern.multi_exit_loss(
+            logits, labels, pair_weight="mutual", normalizer=normalizer
+        ).loss
+        assert loss.item() == 0
+        for gradient in torch.autograd.grad(loss, logits):
+            assert not gradient.any()
+
+
 def test_loss_scaling_of_half_precision(server, target):
     """A loss scale arrives upstream, in float32: what half precision cannot hold before it is
     applied must not be lost."""

@@ -128,6 +128,9 @@ def test_learning_rate_rises_and_falls():
     assert rates[55] == pytest.approx(0.2)
     assert 0 < rates[99] < 0.001
     assert learning_rate(TrainConfig(schedule="constant", lr=0.4, warmup=0.0), 99, 100) == 0.4
+    steps = TrainConfig(schedule="multistep", lr=0.4, warmup=0.0)
+    rates = [learning_rate(steps, step, 100) for step in (0, 49, 50, 74, 75, 99)]
+    assert rates == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
 
 
 def test_only_matrices_decay(config):
@@ -229,6 +232,16 @@ def test_fewer_exits_are_the_deepest(config):
     branch_of_first = costs[1][0]["madds"]
     assert costs[0][-1]["madds"] < costs[1][-1]["madds"]
     assert costs[0][-1]["madds"] > costs[1][-1]["madds"] - branch_of_first
+
+
+@pytest.mark.parametrize("model", ["msdnet_tiny", "ranet_tiny"])
+def test_multi_scale_networks_train(config, model):
+    """Their features are tuples; width and exits are options of theirs too."""
+    report = fit(config(model=model, epochs=6, lr=0.05, width=6, exits=2))
+    assert [row["exit"] for row in report["exits"]] == [1, 2]
+    assert all(row["accuracy"] > 0.6 for row in report["exits"])  # chance is 0.25
+    costs = [row["madds"] for row in report["exits"]]
+    assert costs == sorted(costs)
 
 
 def test_threads_are_those_asked_for_and_given_back(config):
