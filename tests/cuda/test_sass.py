@@ -59,9 +59,7 @@ def tool():
 
 def kernels(cubin):
     """name -> {REG, STACK, LOCAL, ...} of every kernel."""
-    found = re.findall(
-        r"Function (\S+):\s+(REG:.*)", run(tool(), "-res-usage", cubin).replace("\n ", " ")
-    )
+    found = re.findall(r"Function (\S+):\s+(REG:[^\n]*)", run(tool(), "-res-usage", cubin))
     assert found, "cuobjdump names no kernel"
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage)}

@@ -124,11 +124,15 @@ def compile_host(sources, out, mode="plain", flags=(), executable=False, optimiz
     return out
 
 
-def compile_module(folder, mode="plain", flags=(), optimize="-O1"):
-    """Builds _cuda, as CMakeLists.txt does but for the host, into a folder to import it from."""
+def compile_module(folder, mode="plain", flags=(), optimize="-O1", instead=None):
+    """Builds _cuda, as CMakeLists.txt does but for the host, into a folder to import it from.
+
+    `instead`: sources that take the place of those of csrc/cuda with the given names.
+    """
     import pybind11
 
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "cuda").glob("*.cpp"))]
+    sources = [(instead or {}).get(source.name, source) for source in sources]
     includes = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
     flags = (*flags, *includes, '-DMSDKERN_SOURCE_HASH="harness"')
     out = Path(folder) / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
