@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define MSDKERN_ABI_VERSION 2
+#define MSDKERN_ABI_VERSION 3
 #define MSDKERN_MAX_EXITS 32
 #define MSDKERN_MAX_ROWS 64  // exits and external teachers of one sample
 
@@ -40,8 +40,9 @@ enum msdkern_status {
     MSDKERN_BAD_TEMPERATURE = 2,  // not positive, or NaN
     MSDKERN_NO_MEMORY = 3,
     MSDKERN_BAD_SIZE = 4,
-    MSDKERN_BAD_INDEX = 5,     // `bad_index` holds it
-    MSDKERN_BAD_THRESHOLD = 6  // NaN
+    MSDKERN_BAD_INDEX = 5,      // `bad_index` holds it
+    MSDKERN_BAD_THRESHOLD = 6,  // NaN
+    MSDKERN_CUDA_ERROR = 7      // msdkern_cuda_error() has the runtime's words
 };
 
 // The score of a gate. It fires at or above the threshold, the entropies at or below it.
@@ -56,8 +57,22 @@ enum msdkern_measure {
 };
 
 // "Real" below is float, or double for MSDKERN_F64.
+
+// Where a call runs. The CPU kernels look at `threads` alone, the CUDA kernels at the rest.
+typedef struct msdkern_place {
+    int32_t threads;
+    int32_t device;
+    void *stream;
+    // msdkern_cuda_workspace() bytes on the device: zeros before the first call that uses them.
+    // Calls leave them as they found them, and may share them when a stream puts them in order.
+    void *workspace;
+} msdkern_place;
+
+// Numbers that may change from step to step are given by value, or (`..._at` is not null) as a
+// Real in device memory, which the host never reads.
 typedef struct msdkern_loss {
-    int32_t dtype, exits, teachers, threads;
+    msdkern_place place;
+    int32_t dtype, exits, teachers;
     int64_t rows, classes;
     const void *logits[MSDKERN_MAX_ROWS];  // exits first, then external teachers: [N, C]
     int64_t stride[MSDKERN_MAX_ROWS];      // from row to row
@@ -73,6 +88,7 @@ typedef struct msdkern_loss {
     int32_t pairs, divergence, temperature_squared, detach_teacher, mean;
     double pair_scale, temperature, beta, label_smoothing;
     double normalizer;  // 0 for none
+    const void *temperature_at, *pair_scale_at, *normalizer_at;
     int64_t ignore_index;
 
     // Scalar form. `pair_divergence` may be null.
@@ -89,13 +105,17 @@ typedef struct msdkern_loss {
     const void *upstream_cross_entropy;  // Real [K, N]
     const void *upstream_divergence;     // Real [K, N]
 
+    // A label out of range: the CPU kernels return MSDKERN_BAD_LABEL, having written nothing. The
+    // CUDA kernels make the row's terms and gradient NaN.
     int64_t bad_label;
 } msdkern_loss;
 
 typedef struct msdkern_softmax {
-    int32_t dtype, exits, threads, log;
+    msdkern_place place;
+    int32_t dtype, exits, log;
     int64_t rows, classes;
     double temperature;
+    const void *temperature_at;
     const void *input[MSDKERN_MAX_EXITS];  // logits, or the saved outputs in backward
     int64_t stride[MSDKERN_MAX_EXITS];     // of input
     const void *upstream[MSDKERN_MAX_EXITS];
@@ -104,7 +124,8 @@ typedef struct msdkern_softmax {
 } msdkern_softmax;
 
 typedef struct msdkern_statistics {
-    int32_t dtype, exits, threads;
+    msdkern_place place;
+    int32_t dtype, exits;
     int64_t rows, classes;
     const void *logits[MSDKERN_MAX_EXITS];
     int64_t stride[MSDKERN_MAX_EXITS];
@@ -113,7 +134,8 @@ typedef struct msdkern_statistics {
 } msdkern_statistics;
 
 typedef struct msdkern_gate {
-    int32_t dtype, exits, threads, measure;
+    msdkern_place place;
+    int32_t dtype, exits, measure;
     int64_t rows, live, classes;  // rows from `live` on are not read
     const void *logits[MSDKERN_MAX_EXITS];
     int64_t stride[MSDKERN_MAX_EXITS];
@@ -134,7 +156,8 @@ typedef struct msdkern_gate {
 
 // Rows of several tensors of any dtype, copied by an index.
 typedef struct msdkern_copy {
-    int32_t tensors, threads;
+    msdkern_place place;
+    int32_t tensors;
     int64_t count, capacity, limit;  // 0 <= index < limit for the first `count`
     const int64_t *index;
     const void *source[MSDKERN_MAX_EXITS];
@@ -146,8 +169,10 @@ typedef struct msdkern_copy {
 } msdkern_copy;
 
 typedef struct msdkern_scale {
-    int32_t dtype, tensors, threads;
+    msdkern_place place;
+    int32_t dtype, tensors;
     double factor;
+    const void *factor_at;
     void *data[MSDKERN_MAX_EXITS];  // contiguous
     int64_t size[MSDKERN_MAX_EXITS];
 } msdkern_scale;
@@ -170,6 +195,20 @@ int msdkern_cpu_gather_rows(msdkern_copy *call);
 int msdkern_cpu_scatter_rows(msdkern_copy *call);
 // data *= factor in place; returns at once when the factor is 1.
 int msdkern_cpu_scale(const msdkern_scale *call);
+
+// The same on a CUDA device, in the order of the call's stream and without waiting for it. Softmax
+// and statistics need no workspace.
+int msdkern_cuda_loss(msdkern_loss *call);
+int msdkern_cuda_row_losses(msdkern_loss *call);
+int msdkern_cuda_row_losses_backward(msdkern_loss *call);
+int msdkern_cuda_softmax(const msdkern_softmax *call);
+int msdkern_cuda_softmax_backward(const msdkern_softmax *call);
+int msdkern_cuda_statistics(const msdkern_statistics *call);
+int msdkern_cuda_scale(const msdkern_scale *call);
+// Bytes of workspace that any call of this many exits and teachers needs on this device.
+int64_t msdkern_cuda_workspace(int32_t device, int32_t exits, int32_t teachers);
+// What the runtime said of this thread's last call that ended in MSDKERN_CUDA_ERROR.
+const char *msdkern_cuda_error(void);
 
 // The instruction sets that this binary holds and this processor runs, best first, as one
 // comma-separated string; and the choice among them (null: the best). Nonzero: no such name.

@@ -31,7 +31,7 @@ static int run_copy(msdkern_copy &call, bool scatter) {
         const int64_t bytes = call.bytes[t], rows = scatter ? call.count : call.capacity;
         if (bytes == 0) continue;
         const Blocks blocks(rows, bytes / 4);
-        parallel_for(blocks.count, call.threads, [&](int64_t b) {
+        parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
             for (int64_t i = blocks.first(b); i < blocks.last(b); ++i) {
                 if (i >= call.count) {
                     memset(target + i * call.target_stride[t], 0, size_t(bytes));

@@ -61,7 +61,7 @@ static void statistics_row(const msdkern_statistics &call, int k, int64_t n) {
 template <class S>
 static int run_statistics(const msdkern_statistics &call) {
     const Blocks blocks(call.rows * call.exits, call.classes);
-    parallel_for(blocks.count, call.threads, [&](int64_t b) {
+    parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
         for (int64_t i = blocks.first(b); i < blocks.last(b); ++i)
             statistics_row<S>(call, int(i / call.rows), i % call.rows);
     });
@@ -274,7 +274,7 @@ static int run_exit_gate(const msdkern_gate &call) {
     typedef typename Kind<S>::Real Real;
     const Blocks blocks(call.rows, call.classes * call.exits);
     with_measure(call.measure, [&](auto measure) {
-        parallel_for(blocks.count, call.threads, [&](int64_t b) {
+        parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
             for (int64_t n = blocks.first(b); n < blocks.last(b); ++n) {
                 int64_t prediction = -1;
                 Real score = 0;
@@ -314,7 +314,7 @@ static int run_gate_step(const msdkern_gate &call) {
     const Real *streak = static_cast<const Real *>(call.previous_score);
     const bool patient = call.previous_prediction != nullptr;
     with_measure(call.measure, [&](auto measure) {
-        parallel_for(blocks.count, call.threads, [&](int64_t b) {
+        parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
             for (int64_t n = blocks.first(b); n < blocks.last(b); ++n) {
                 int64_t prediction = -1;
                 Real score = Real(__builtin_nan(""));

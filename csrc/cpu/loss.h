@@ -400,7 +400,7 @@ static int run_loss(msdkern_loss &call, Form form) {
     const size_t bytes = size_t(most<int64_t>(1, blocks.count) * fields) * sizeof(double);
     double *sums = scalar ? static_cast<double *>(calloc(1, bytes)) : nullptr;
     if (scalar && !sums) return MSDKERN_NO_MEMORY;
-    parallel_for(blocks.count, call.threads, [&](int64_t b) {
+    parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
         if (!scalar) return loss.block(blocks.first(b), blocks.last(b), nullptr);
         Partial partial(sums + b * fields, call);
         loss.block(blocks.first(b), blocks.last(b), &partial);

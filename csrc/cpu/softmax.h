@@ -82,7 +82,7 @@ static int run_softmax(const msdkern_softmax &call, bool backward) {
     typedef typename Kind<S>::Real Real;
     const Blocks blocks(call.rows * call.exits, call.classes);
     const Real inverse_t = Real(1 / call.temperature);
-    parallel_for(blocks.count, call.threads, [&](int64_t b) {
+    parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
         for (int64_t i = blocks.first(b); i < blocks.last(b); ++i) {
             const int k = int(i / call.rows);
             const int64_t n = i % call.rows;
@@ -108,7 +108,7 @@ static int run_scale(const msdkern_scale &call) {
     for (int t = 0; t < call.tensors; ++t) {
         S *data = static_cast<S *>(call.data[t]);
         const int64_t step = 16384;
-        parallel_for((call.size[t] + step - 1) / step, call.threads, [&](int64_t b) {
+        parallel_for((call.size[t] + step - 1) / step, call.place.threads, [&](int64_t b) {
             S *part = data + b * step;
             const S *const inputs[1] = {part};
             map_row(inputs, part, least(step, call.size[t] - b * step),

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python names of _cuda: casts only. Importing it touches no driver.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The Python names of _cuda. Importing it touches no driver.
+#include "../bind.h"
 
 #include "device.h"
 
@@ -9,6 +8,12 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
+
+constexpr binding::Entries entries = {
+    msdkern_cuda_loss,    msdkern_cuda_row_losses,       msdkern_cuda_row_losses_backward,
+    msdkern_cuda_softmax, msdkern_cuda_softmax_backward, msdkern_cuda_statistics,
+    msdkern_cuda_scale,
+};
 
 py::dict as_dict(const msdkern::Device &d) {
     return py::dict("name"_a = d.name, "capability"_a = py::make_tuple(d.major, d.minor),
@@ -31,7 +36,10 @@ py::dict device_report() {
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of msdkern.";
-    m.attr("source_hash") = MSDKERN_SOURCE_HASH;
+    binding::define<binding::OnDevice, entries>(m);
+    m.def("workspace", &msdkern_cuda_workspace,
+          "Bytes of workspace for a device, a number of exits and of external teachers.");
+    m.def("last_error", &msdkern_cuda_error);
     m.def("device_report", &device_report,
           "Architectures compiled in, CUDA runtime and driver versions, and each GPU's facts.");
 }

@@ -21,9 +21,11 @@ import torch
 EXECUTORS = {
     "eager": ("msdkern.executors.eager", None),
     "cpu": ("msdkern.executors.native", "cpu"),
+    "cuda": ("msdkern.executors.cuda", "cuda"),
 }
-# Which executor is tried first on which device; any other device gets `eager`.
-PREFERENCE = {"cpu": ("cpu", "eager")}
+# Which executor is tried first on which device; any other device gets `eager`. Derived from bytes
+# and launches, not measured: no shape is known at which `cuda` reads more than another executor.
+PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "eager")}
 
 _forced: str | None = os.environ.get("MSDKERN_EXECUTOR") or None
 

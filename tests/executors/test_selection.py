@@ -9,7 +9,7 @@ import torch
 
 import msdkern
 from msdkern import executors
-from msdkern.executors import native
+from msdkern.executors import cuda, native
 
 OPS = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_statistics")
 GATES = ("exit_gate", "gate_step", "compact_rows", "scatter_rows")
@@ -33,7 +33,7 @@ def exits():
 
 
 def test_unknown_name():
-    sentence = "^executor: name must be one of eager, cpu; got 'gpu'$"
+    sentence = "^executor: name must be one of eager, cpu, cuda; got 'gpu'$"
     with pytest.raises(ValueError, match=sentence), msdkern.executor("gpu"):
         pass
 
@@ -113,19 +113,48 @@ def test_the_executor_of_forward_serves_backward():
     assert seen == [("multi_exit_row_losses_backward", "eager")]
 
 
-def test_the_table_and_its_text(without_native):
+def test_the_table_and_its_text(without_native, monkeypatch):
+    monkeypatch.setattr(cuda, "reason", lambda: "no GPU")
+    executors.reason.cache_clear()
+    cells = {"eager": None, "cpu": without_native, "cuda": "no GPU"}
     every = (*OPS, *GATES)
-    assert executors.table() == {op: {"eager": None, "cpu": without_native} for op in every}
+    table = executors.table()
+    assert {op: table[op] for op in OPS} == dict.fromkeys(OPS, cells)
+    assert {op: table[op]["cpu"] for op in every} == dict.fromkeys(every, without_native)
     lines = msdkern.explain().splitlines()
-    assert lines[0].split() == ["op", "eager", "cpu"]
-    assert [line.split() for line in lines[1:9]] == [[op, "available", "no"] for op in every]
-    assert lines[9:] == [f"cpu: {without_native}"]
+    assert lines[0].split() == ["op", "eager", "cpu", "cuda"]
+    assert [line.split() for line in lines[1:9]] == [[op, "available", "no", "no"] for op in every]
+    assert lines[9:] == [f"cpu: {without_native}", "cuda: no GPU"]
 
 
 def test_explain_tells_of_a_forced_choice():
     with msdkern.executor("eager"):
         assert "executor 'eager' was asked for; nothing else will serve" in msdkern.explain()
     assert "was asked for" not in msdkern.explain()
+
+
+DEVICE = {"name": "GPU", "status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        ({"status": "no driver", "devices": []}, "CUDA says: no driver"),
+        ({"status": "ok", "devices": [DEVICE]}, None),
+        (
+            {"status": "ok", "devices": [{"name": "GPU", "status": "no kernel image"}]},
+            "no device runs the kernels that msdkern._cuda has (GPU: no kernel image)",
+        ),
+    ],
+)
+def test_why_cuda_cannot_serve(report, words):
+    assert cuda._device_reason(report) == words
+
+
+def test_cuda_needs_a_pytorch_with_cuda(monkeypatch):
+    monkeypatch.setattr(cuda, "_load", lambda: (object(), None))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda.reason() == "this PyTorch is built without CUDA"
 
 
 def test_a_module_of_another_abi_is_refused(monkeypatch):
@@ -157,7 +186,7 @@ except RuntimeError as error:
         (
             "gpu",
             "exit_statistics: the executor that was asked for cannot serve; "
-            "unknown executor 'gpu' (known: eager, cpu)",
+            "unknown executor 'gpu' (known: eager, cpu, cuda)",
         ),
     ],
 )

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which threads own a sample, and where its logits are kept: one table, from the shape alone.
+#pragma once
+
+namespace msdkern {
+
+enum class Home { kRegisters, kShared, kGlobal };
+
+// One way to run. Derived from bytes, registers and issue slots, not measured.
+struct Rung {
+    Home home;
+    int rows;       // exits and teachers at most; 0: any
+    int chunks;     // 16-byte pieces of a row that each thread has at most; 0: any
+    int lanes;      // threads of a block that share a sample
+    int threads;    // per block
+    int blocks;     // of a cluster
+    int kilobytes;  // of shared memory that the row sets of one block may take
+    int resident;   // blocks per processor, for which registers and shared memory leave room
+};
+
+// The first rung that fits serves, if its shared memory leaves room for `resident` blocks. Up to
+// 48 KB per block leave room for four blocks per processor, whose loads, arithmetic and stores
+// overlap; beyond, a cluster shares the row set, and only what no cluster can hold that way takes
+// a processor's memory whole. The last rungs hold nothing.
+// clang-format off
+constexpr Rung kLadder[] = {
+    {Home::kRegisters, 8, 1,   8, 128,  1,   0, 3},
+    {Home::kRegisters, 8, 1,  16, 128,  1,   0, 3},
+    {Home::kRegisters, 8, 1,  32, 128,  1,   0, 3},
+    {Home::kRegisters, 8, 2,  32, 128,  1,   0, 2},
+    {Home::kRegisters, 8, 2, 128, 128,  1,   0, 2},
+    {Home::kShared,    0, 4,   8, 128,  1,  48, 4},
+    {Home::kShared,    0, 4,  32, 128,  1,  48, 4},
+    {Home::kShared,    0, 4, 128, 128,  1,  48, 4},
+    {Home::kShared,    0, 0, 256, 256,  1,  64, 2},
+    {Home::kShared,    0, 0, 256, 256,  2,  64, 2},
+    {Home::kShared,    0, 0, 256, 256,  4,  64, 2},
+    {Home::kShared,    0, 0, 256, 256,  8,  64, 2},
+    {Home::kShared,    0, 0, 256, 256, 16,  64, 2},
+    {Home::kShared,    0, 0, 256, 256,  8, 176, 1},
+    {Home::kShared,    0, 0, 256, 256, 16, 176, 1},
+    {Home::kShared,    0, 0, 256, 256,  1, 176, 1},
+    {Home::kGlobal,    0, 0, 256, 256,  1,   0, 2},
+    {Home::kGlobal,    0, 0, 128, 128,  1,   0, 1},
+};
+// clang-format on
+constexpr int kRungs = sizeof kLadder / sizeof kLadder[0];
+
+// Blocks of 256 threads per processor that a kernel's registers leave room for. Pairwise
+// divergences and float64 need more of them than the ladder's common calls.
+constexpr int roomy(bool general, int bytes) { return general || bytes == 8 ? 1 : 2; }
+
+}  // namespace msdkern

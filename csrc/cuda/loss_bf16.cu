@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "loss_run.cuh"
+
+namespace msdkern {
+
+cudaError_t loss_bf16(const msdkern_loss &call, Form form) { return run_loss<bfloat>(call, form); }
+
+}  // namespace msdkern

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// softmax(z / T) or its logarithm for all exits, its backward, and scaling in place.
+#include "loss_run.cuh"
+
+namespace msdkern {
+namespace {
+
+// All exits of a row at once, as the loss has them: `gradient` takes the outputs.
+template <class S, class At>
+__global__ void __launch_bounds__(256, roomy(false, sizeof(S)))
+    softmax_kernel(const __grid_constant__ msdkern_loss call, const __grid_constant__ Plan plan,
+                   int log) {
+    typedef RealOf<S> Real;
+    constexpr int V = kVector<S>;
+    const Team team(plan.lanes, plan.blocks);
+    if (plan.blocks > 1) cluster_sync();
+    const Cut<S> cut(team, call.classes, plan.vector);
+    unsigned char *memory = dyn_smem<unsigned char>() + plan.team_at + team.index * plan.team_bytes;
+    Sample<S> s(call, plan, team, cut, memory);
+    At home(plan, team);
+    const int64_t step = int64_t(gridDim.x / plan.blocks) * plan.teams;
+    for (s.n = int64_t(blockIdx.x / plan.blocks) * plan.teams + team.index; s.n < call.rows;
+         s.n += step) {
+        home.load(call, cut, s.rows, s.n);
+        s.softmaxes(home, false);
+        for (int k = 0; k < s.exits; ++k) {
+            const Real sum = s.exchange.get(k), inverse = 1 / sum, log_sum = logarithm(sum);
+            for (int i = 0; i < cut.chunks; ++i) {
+                Real x[V], e[V];
+                s.terms(home, k, i, x, e);
+                for (int v = 0; v < V; ++v) x[v] = log ? x[v] - log_sum : e[v] * inverse;
+                cut.store(static_cast<S *>(call.gradient[k]) + s.n * call.classes, i, x);
+            }
+        }
+        team.sync();
+    }
+}
+
+// softmax: p (g - sum_c g p) / T. log_softmax: (g - p sum_c g) / T. Outputs are the exits, upstream
+// gradients the teachers of `call`.
+template <class S, class At>
+__global__ void __launch_bounds__(256, roomy(false, sizeof(S)))
+    softmax_backward_kernel(const __grid_constant__ msdkern_loss call,
+                            const __grid_constant__ Plan plan, int log) {
+    typedef RealOf<S> Real;
+    constexpr int V = kVector<S>;
+    const Team team(plan.lanes, plan.blocks);
+    if (plan.blocks > 1) cluster_sync();
+    const Cut<S> cut(team, call.classes, plan.vector);
+    unsigned char *memory = dyn_smem<unsigned char>() + plan.team_at + team.index * plan.team_bytes;
+    Sample<S> s(call, plan, team, cut, memory);
+    At home(plan, team);
+    const int64_t step = int64_t(gridDim.x / plan.blocks) * plan.teams;
+    for (s.n = int64_t(blockIdx.x / plan.blocks) * plan.teams + team.index; s.n < call.rows;
+         s.n += step) {
+        home.load(call, cut, s.rows, s.n);
+        for (int k = 0; k < s.exits; ++k) {
+            Real sum = 0;
+            for (int i = 0; i < cut.chunks; ++i) {
+                Real y[V], g[V];
+                unpack<S>(home.raw(k, i), y);
+                unpack<S>(home.raw(s.exits + k, i), g);
+                for (int v = 0; v < V; ++v)
+                    if (cut.first(i) + v * cut.step() < cut.classes)
+                        sum += log ? g[v] : g[v] * y[v];
+            }
+            s.exchange.template put<Sum>(team, k, sum);
+        }
+        s.exchange.template finish<Sum>(team, s.exits);
+        for (int k = 0; k < s.exits; ++k) {
+            const Real total = s.exchange.get(k);
+            for (int i = 0; i < cut.chunks; ++i) {
+                Real y[V], g[V];
+                unpack<S>(home.raw(k, i), y);
+                unpack<S>(home.raw(s.exits + k, i), g);
+                for (int v = 0; v < V; ++v)
+                    g[v] = (log ? g[v] - exponential(y[v]) * total : y[v] * (g[v] - total)) *
+                           s.inverse_t;
+                cut.store(static_cast<S *>(call.gradient[k]) + s.n * call.classes, i, g);
+            }
+        }
+        team.sync();
+    }
+}
+
+template <class S>
+cudaError_t run_softmax(const msdkern_loss &call, bool backward, int log) {
+    const Choice c = Chooser<S>(call, Form::kRows, true).choose();
+    const bool shared = c.rung->home == Home::kShared;
+    const auto kernel = backward ? shared ? softmax_backward_kernel<S, Shared<S>>
+                                          : softmax_backward_kernel<S, Global<S>>
+                        : shared ? softmax_kernel<S, Shared<S>>
+                                 : softmax_kernel<S, Global<S>>;
+    return launch(call.place.stream, c.grid, c.threads, c.plan.blocks, c.shared, kernel, call,
+                  c.plan, log);
+}
+
+// The call as the loss would have it.
+msdkern_loss as_loss(const msdkern_softmax &c, bool backward) {
+    msdkern_loss call = {};
+    call.place = c.place;
+    call.dtype = c.dtype;
+    call.exits = c.exits;
+    call.teachers = backward ? c.exits : 0;
+    call.rows = c.rows;
+    call.classes = c.classes;
+    call.temperature = c.temperature;
+    call.temperature_at = c.temperature_at;
+    call.pairs = MSDKERN_PAIRS_LAST;  // any: T counts
+    for (int k = 0; k < c.exits; ++k) {
+        call.logits[k] = c.input[k];
+        call.stride[k] = c.stride[k];
+        call.gradient[k] = c.output[k];
+        if (!backward) continue;
+        call.logits[c.exits + k] = c.upstream[k];
+        call.stride[c.exits + k] = c.upstream_stride[k];
+    }
+    return call;
+}
+
+int any_softmax(const msdkern_softmax &c, bool backward) {
+    if (c.exits < 1 || c.exits > MSDKERN_MAX_EXITS || c.rows < 0 || c.classes < 1 ||
+        c.classes > kMostClasses)
+        return MSDKERN_BAD_SIZE;
+    if (!c.temperature_at && !(c.temperature > 0 && c.temperature <= 1e300))
+        return MSDKERN_BAD_TEMPERATURE;
+    if (c.rows == 0) return MSDKERN_OK;
+    const DeviceGuard guard(c.place.device);
+    if (guard.error != cudaSuccess) return status_of(guard.error);
+    const msdkern_loss call = as_loss(c, backward);
+    return with_dtype(c.dtype, [&](auto s) {
+        return status_of(run_softmax<decltype(s)>(call, backward, c.log));
+    });
+}
+
+// data *= factor, nothing where the factor is 1.
+template <class S>
+__global__ void __launch_bounds__(256) scale_kernel(const __grid_constant__ msdkern_scale call) {
+    typedef RealOf<S> Real;
+    constexpr int V = kVector<S>;
+    const double given =
+        call.factor_at ? double(*static_cast<const Real *>(call.factor_at)) : call.factor;
+    if (given == 1) return;
+    const Real factor = Real(given);
+    const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+    for (int t = 0; t < call.tensors; ++t) {
+        S *const data = static_cast<S *>(call.data[t]);
+        const bool vector = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+        const int64_t whole = vector ? call.size[t] / V : 0;
+        for (int64_t i = thread; i < whole; i += threads) {
+            Real x[V];
+            unpack<S>(reinterpret_cast<const uint4 *>(data)[i], x);
+            S y[V];
+            for (int v = 0; v < V; ++v) round_to(x[v] * factor, y[v]);
+            uint4 raw;
+            memcpy(&raw, y, 16);
+            reinterpret_cast<uint4 *>(data)[i] = raw;
+        }
+        for (int64_t i = whole * V + thread; i < call.size[t]; i += threads)
+            round_to(to_real(data[i]) * factor, data[i]);
+    }
+}
+
+template <class S>
+cudaError_t run_scale(const msdkern_scale &call) {
+    int64_t most = 0;
+    for (int t = 0; t < call.tensors; ++t) most = call.size[t] > most ? call.size[t] : most;
+    const int64_t blocks = (most + 256 * kVector<S> - 1) / (256 * kVector<S>);
+    const int64_t room = int64_t(machine(call.place.device).processors) * 8;
+    if (blocks == 0) return cudaSuccess;
+    return launch(call.place.stream, blocks < room ? blocks : room, 256, 1, 0, scale_kernel<S>,
+                  call);
+}
+
+}  // namespace
+}  // namespace msdkern
+
+extern "C" {
+
+int msdkern_cuda_softmax(const msdkern_softmax *call) { return msdkern::any_softmax(*call, false); }
+int msdkern_cuda_softmax_backward(const msdkern_softmax *call) {
+    return msdkern::any_softmax(*call, true);
+}
+int msdkern_cuda_scale(const msdkern_scale *call) {
+    if (call->tensors < 0 || call->tensors > MSDKERN_MAX_EXITS) return MSDKERN_BAD_SIZE;
+    if (!call->factor_at && call->factor == 1) return MSDKERN_OK;
+    const msdkern::DeviceGuard guard(call->place.device);
+    if (guard.error != cudaSuccess) return msdkern::status_of(guard.error);
+    return msdkern::with_dtype(call->dtype, [&](auto s) {
+        return msdkern::status_of(msdkern::run_scale<decltype(s)>(*call));
+    });
+}
+
+}  // extern "C"

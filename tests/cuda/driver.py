@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives a sanitized build of `_cuda` with exactly sized buffers, in a process without PyTorch.
+
+    python driver.py FOLDER [bad call]
+
+The calls and the truth are those of tests/native/numpy_driver.py.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [sys.argv[1], str(Path(__file__).resolve().parents[1] / "native")]
+import _cuda  # noqa: E402
+import numpy_driver as native  # noqa: E402
+
+WORKSPACE = np.zeros(_cuda.workspace(0, 32, 32), np.uint8)
+
+
+class OnDevice:
+    """`_cuda` as numpy_driver knows `_cpu`: a number of threads where a place is asked for."""
+
+    place = (0, 0, WORKSPACE.ctypes.data, [])
+
+    def loss(self, form, dtype, threads, *rest):
+        return _cuda.loss(form, dtype, self.place, *rest)
+
+    def softmax(self, backward, dtype, threads, *rest):
+        return _cuda.softmax(backward, dtype, self.place, *rest)
+
+    def statistics(self, dtype, threads, *rest):
+        return _cuda.statistics(dtype, self.place, *rest)
+
+    def scale(self, dtype, threads, *rest):
+        return _cuda.scale(dtype, self.place, *rest)
+
+    def isas(self):
+        return ["cuda"]
+
+    def use_isa(self, name):
+        pass
+
+
+# dtype, exits, teachers, rows, classes, pairs, divergence, options: every home and every team, and
+# in each the sweeps that differ.
+CALLS = [
+    ("float32", 5, 0, 5, 32, "mutual", "forward_kl", {"gap": 0}),
+    ("float32", 4, 0, 3, 96, "deeper", "forward_kl", {"gap": 0}),
+    ("float32", 3, 0, 2, 1000, "next", "forward_kl", {"gap": 0, "t": 1.5}),
+    ("bfloat16", 3, 0, 3, 64, "last", "forward_kl", {"gap": 0, "t": 3.0}),
+    ("bfloat16", 2, 0, 2, 1000, "mutual", "forward_kl", {"gap": 0}),
+    ("float32", 4, 2, 3, 33, "dense", "forward_kl", {"smoothing": 0.1}),
+    ("float32", 3, 1, 3, 70, "dense", "jsd", {"detach": False, "matrix": True}),
+    ("float32", 3, 0, 2, 1001, "mutual", "reverse_kl", {"target": "probabilities"}),
+    ("float32", 3, 0, 2, 300, "mutual", "forward_kl", {"masked": True}),
+    ("float32", 3, 0, 1, 9001, "mutual", "forward_kl", {"t": 2.5}),
+    ("float32", 2, 0, 1, 9002, "mutual", "soft_ce", {"detach": False}),
+]
+
+
+def main():
+    module = OnDevice()
+    for *call, options in CALLS:
+        native.check(module, native.Call(*call, **options), threads=1)
+    for dtype in ("float32", "bfloat16"):
+        for exits, rows, classes in ((2, 3, 8), (3, 3, 67), (1, 1, 17001)):
+            native.check_softmax(module, dtype, exits, rows, classes, log=classes == 67)
+            native.check_statistics(module, dtype, exits, rows, classes)
+    native.check_scale(module, "float32", (3, 4097))
+    print("calls", len(CALLS))
+
+
+if __name__ == "__main__":
+    np.seterr(invalid="ignore", divide="ignore")  # what masks leave out is computed all the same
+    if len(sys.argv) > 2:
+        native.lie(OnDevice(), sys.argv[2])
+    else:
+        main()

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler made of the CUDA kernels: registers, stack, spills and the width of loads, read
+from the machine code for sm_90."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.cuda.harness.build import CSRC
+
+NVCC = shutil.which("nvcc") or os.path.join(
+    os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"
+)
+SOURCES = ("loss_f32", "loss_bf16")
+REGISTERS = 64 * 1024  # of a processor, and the piece in which warps get them
+PIECE, THREADS_PER_WARP = 256, 32
+
+
+def run(*command):
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    if not os.path.exists(NVCC):
+        pytest.skip("nvcc is not installed")
+    if tool() is None:
+        pytest.skip("cuobjdump is not installed")
+    folder = tmp_path_factory.mktemp("sass")
+    flags = ("-std=c++17", "-O3", "-arch=sm_90", "-cubin")
+    compiled = [folder / f"{name}.cubin" for name in SOURCES]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            (NVCC, *flags, CSRC / "cuda" / f"{name}.cu", "-o", out)
+            for name, out in zip(SOURCES, compiled, strict=True)
+        ]
+        list(pool.map(lambda job: run(*job), jobs))
+    return compiled
+
+
+@functools.cache
+def tool():
+    """cuobjdump of the toolkit, or the one that Triton's package brings."""
+    places = [Path(os.path.realpath(NVCC)).parent, *map(Path, os.environ["PATH"].split(":"))]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return next((p / "cuobjdump" for p in places if (p / "cuobjdump").exists()), None)
+
+
+def kernels(cubin):
+    """name -> {REG, STACK, LOCAL, ...} of every kernel."""
+    found = re.findall(r"Function (\S+):\s+(REG:[^\n]*)", run(tool(), "-res-usage", cubin))
+    assert found, "cuobjdump names no kernel"
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage)}
+        for name, usage in found
+    }
+
+
+def test_no_kernel_has_a_stack_frame_or_spills(cubins):
+    frames = {
+        name: usage
+        for cubin in cubins
+        for name, usage in kernels(cubin).items()
+        if usage["STACK"] or usage["LOCAL"]
+    }
+    assert not frames
+    for cubin in cubins:
+        assert not re.findall(r"\b(?:STL|LDL)\b", run(tool(), "-sass", cubin))
+
+
+def resident(registers, threads):
+    """Blocks that a processor's registers hold."""
+    per_warp = -(-registers * THREADS_PER_WARP // PIECE) * PIECE
+    return REGISTERS // (per_warp * (threads // THREADS_PER_WARP))
+
+
+def test_registers_leave_room_for_the_blocks_that_the_ladder_claims(cubins):
+    """The ladder's row is a template argument: ...ELi<threads>ELi<blocks>E..."""
+    seen = 0
+    for cubin in cubins:
+        for name, usage in kernels(cubin).items():
+            claim = re.search(r"loss_kernel.*ELi(\d+)ELi(\d+)EEEv", name)
+            if claim:
+                threads, blocks = map(int, claim.groups())
+                assert resident(usage["REG"], threads) >= blocks, (name, usage["REG"])
+                seen += 1
+    assert seen == 6 * len(SOURCES)
+
+
+def body_of(cubin, kernel):
+    text = run(tool(), "-sass", cubin)
+    start = text.index(f"Function : {kernel}")
+    end = text.find("Function :", start + 1)
+    return text[start : end if end > 0 else None]
+
+
+def widths(body, instruction):
+    """How many accesses of each width, in bits."""
+    counts = dict.fromkeys((8, 16, 32, 64, 128), 0)
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", body):
+        width = re.search(r"\.[US](8|16)\b|\.(64|128)\b", modifiers)
+        counts[int(width.group(1) or width.group(2)) if width else 32] += 1
+    return counts
+
+
+def test_rows_move_16_bytes_at_a_time(cubins):
+    """With the row set in registers there is no other way for a row: one load and one store of 16
+    bytes for each of 8 exits and each chunk, and none of 2 or 4 bytes where rows are stored."""
+    for cubin in cubins:
+        for name in kernels(cubin):
+            chunks = re.search(r"RegistersI.*?Li8ELi(\d)E", name)
+            if not chunks:
+                continue
+            body = body_of(cubin, name)
+            assert widths(body, "LDG")[128] >= 8 * int(chunks.group(1)), name
+            assert widths(body, "STG")[128] >= 8 * int(chunks.group(1)), name
+
+
+def test_rows_reach_shared_memory_without_registers(cubins):
+    for cubin in cubins:
+        for name in kernels(cubin):
+            if "loss_kernel" in name and "SharedI" in name:
+                body = body_of(cubin, name)
+                copies = re.findall(r"\bLDGSTS((?:\.\w+)*)", body)
+                assert copies, name
+                assert all(".128" in modifiers for modifiers in copies), (name, copies)
+                assert widths(body, "LDS")[128] > 0
+                assert widths(body, "STG")[128] > 0
