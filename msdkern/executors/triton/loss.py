@@ -588,9 +588,9 @@ def loss_kernel(
     total_mass = on_label
     u = tl.zeros((ROWS, BLOCK), REAL)
     if DENSE_TARGET:
-        share_of_all = scalar(smoothing, POINTERS & 8, REAL)
-        smooth = share_of_all / classes
-        keep = 1 - share_of_all
+        if SMOOTH:
+            spread = scalar(smoothing, POINTERS & 8, REAL)
+            smooth, keep = spread / classes, 1 - spread
         on_label = on_label * keep
         if RESIDENT:
             u = mass_tile(
