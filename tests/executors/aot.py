@@ -10,7 +10,6 @@ constants.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 import subprocess
@@ -138,15 +137,15 @@ def examine(compiled, target: str) -> Binary:
     return Binary(registers, stack + local, shared)
 
 
-def accesses(ptx: str) -> dict[str, list[int]]:
-    """Bytes per thread of every load and store of global memory, in the order of the code."""
+def row_accesses(ptx: str, smallest: int) -> dict[str, list[int]]:
+    """Bytes per thread of the loads and stores of global memory that move at least `smallest` at
+    once, in the order of the code. Not counted: labels, which are 64-bit, and sums that other
+    programs have written, which are read past the first-level cache."""
     found: dict[str, list[int]] = {"ld": [], "st": []}
     for match in re.finditer(r"\b(ld|st)\.global((?:\.\w+|::\w+)*)", ptx):
         width = re.search(r"\.v(\d)", match[2])
-        bits = re.search(r"\.[bufs](\d+)\b", match[2])
-        found[match[1]].append((int(width[1]) if width else 1) * int(bits[1]) // 8)
+        bits = int(re.search(r"\.[bufs](\d+)\b", match[2])[1])
+        size = (int(width[1]) if width else 1) * bits // 8
+        if bits <= 32 and ".cg" not in match[2] and size >= smallest:
+            found[match[1]].append(size)
     return found
-
-
-def dump(binary: Binary) -> str:
-    return json.dumps(dataclasses.asdict(binary))

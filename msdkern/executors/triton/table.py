@@ -18,17 +18,22 @@ class Plan(NamedTuple):
     warps: int
 
 
-# Warps of a program, and how many elements of a row set [K, C] each of their threads may hold: x
-# and its exponential are kept of each, beside some eight numbers per exit. A thread has 255
-# registers, in a program of 16 warps 128. "general" are divergences that need one sweep more.
+# Warps of a program, and how many numbers of a row set [K, C] each of their threads may hold,
+# where an exit counts ROW_NUMBERS besides its elements: x and its exponential are kept of each
+# element, and some eight numbers per row. A thread has 255 registers, in a program of 16 warps
+# 128. "general" are divergences that need one sweep more.
 RESIDENT = {
-    "direct": ((4, 28), (8, 28), (16, 16)),
-    "general": ((4, 16), (8, 16), (16, 8)),
+    "direct": ((4, 49), (8, 49), (16, 28)),
+    "general": ((4, 28), (8, 28), (16, 20)),
 }
+ROW_NUMBERS = 3
 RESIDENT_CLASSES = 4096
-RESIDENT_EXITS = 16
-# Number of exits, up to which a sweep takes so many classes per step, with so many warps.
-SWEEPS = ((4, 2048, 8), (8, 1024, 8), (16, 512, 8), (32, 256, 8), (64, 128, 4))
+# Exits, up to which a sweep takes so many classes per step, with so many warps.
+SWEEPS = {
+    "direct": ((4, 2048, 8), (8, 1024, 8), (16, 512, 8), (64, 256, 8)),
+    "general": ((4, 512, 8), (64, 256, 8)),
+}
+CLASSES_PER_WARP = 32  # at least, in a sweep
 # The same for kernels that see one exit at a time.
 ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
 ONE_EXIT_SWEEP = (4096, 8)
@@ -43,14 +48,18 @@ def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) ->
     """`exits` counts external teachers; `vector` is how many classes are loaded at once."""
     halved = 2 if double else 1
     block = max(vector, power_of_two(classes))
-    if block <= RESIDENT_CLASSES and exits <= RESIDENT_EXITS:
-        for warps, held in RESIDENT[kind]:
-            # One row per thread: what is kept per row is then kept once.
-            rows = max(1, THREADS * RESIDENT[kind][0][0] * vector // block)
-            if exits * rows * block * halved <= THREADS * warps * held:
-                return Plan(True, rows, block, warps)
-    block, warps = next((b, w) for most, b, w in SWEEPS if exits <= most)
-    return Plan(False, 1, block // halved, warps)
+    # One row per thread: what is kept per row is then kept once.
+    rows = max(1, THREADS * RESIDENT[kind][0][0] * vector // block)
+    for warps, held in RESIDENT[kind] if block <= RESIDENT_CLASSES else ():
+        each = held // (halved * exits) - ROW_NUMBERS  # elements of one exit, by a thread
+        room = THREADS * warps * each
+        while rows > 1 and rows * block > room:
+            rows //= 2
+        if block <= room:
+            return Plan(True, rows, block, warps)
+    step, warps = next((b, w) for most, b, w in SWEEPS[kind] if exits <= most)
+    block = min(block, step // halved)
+    return Plan(False, 1, block, max(1, min(warps, block // CLASSES_PER_WARP)))
 
 
 @functools.lru_cache(maxsize=4096)
