@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin for processes with TRITON_INTERPRET=1: conversion to bfloat16 as hardware does it.
+"""A pytest plugin for TRITON_INTERPRET=1: conversion to bfloat16 as hardware does it.
 
 Triton's interpreter cuts bits off where every GPU rounds to the nearest, so that gradients would
 be judged by the interpreter's error and not by the kernels'.

@@ -32,7 +32,7 @@ def exits():
 
 
 def test_unknown_name():
-    sentence = "^executor: name must be one of eager, cpu; got 'gpu'$"
+    sentence = "^executor: name must be one of eager, cpu, triton; got 'gpu'$"
     with pytest.raises(ValueError, match=sentence), msdkern.executor("gpu"):
         pass
 
@@ -98,11 +98,14 @@ def test_the_executor_of_forward_serves_backward():
 
 
 def test_the_table_and_its_text(without_native):
-    assert executors.table() == {op: {"eager": None, "cpu": without_native} for op in OPS}
+    without_gpu = executors.reason("triton")
+    reasons = {"eager": None, "cpu": without_native, "triton": without_gpu}
+    assert executors.table() == dict.fromkeys(OPS, reasons)
     lines = msdkern.explain().splitlines()
-    assert lines[0].split() == ["op", "eager", "cpu"]
-    assert [line.split() for line in lines[1:5]] == [[op, "available", "no"] for op in OPS]
-    assert lines[5:] == [f"cpu: {without_native}"]
+    assert lines[0].split() == ["op", *reasons]
+    marks = ["available" if why is None else "no" for why in reasons.values()]
+    assert [line.split() for line in lines[1:5]] == [[op, *marks] for op in OPS]
+    assert lines[5:] == [f"{name}: {why}" for name, why in reasons.items() if why]
 
 
 def test_explain_tells_of_a_forced_choice():
@@ -140,7 +143,7 @@ except RuntimeError as error:
         (
             "gpu",
             "exit_statistics: the executor that was asked for cannot serve; "
-            "unknown executor 'gpu' (known: eager, cpu)",
+            "unknown executor 'gpu' (known: eager, cpu, triton)",
         ),
     ],
 )

@@ -13,10 +13,10 @@ import triton.language as tl
 
 from .math import (
     FORWARD_KL,
-    REVERSE_KL,
     SOFT_CE,
     forward_kl_gradient,
     forward_kl_value,
+    gap_between,
     pair_terms,
     weigh,
 )
@@ -113,7 +113,7 @@ def one_teacher(
     if DIVERGENCE == SOFT_CE:
         value = -weigh(q_j, x[i] - log_t[i][:, None])
     else:
-        d = (x[i] - x[j]) - (gap[i] - gap[j])[:, None]
+        d = (x[i] - x[j]) + gap_between(inverse[j], inverse[i], gap[j], gap[i])[:, None]
         value = forward_kl_value(gradient, d, q_j, 0.0)
     return value, gradient
 
@@ -136,7 +136,8 @@ def any_teachers(
         taught = tl.where(w[:, None] == 0, 0.0, e[j] * (w * inverse[j])[:, None])
         mass += taught
         if DIVERGENCE == FORWARD_KL:
-            moment += weigh(taught, (x[j] - x[i]) - (gap[j] - gap[i])[:, None])
+            between = gap_between(inverse[i], inverse[j], gap[i], gap[j])
+            moment += weigh(taught, (x[j] - x[i]) + between[:, None])
     gradient = forward_kl_gradient(q_i, n[:, None], mass)
     if DIVERGENCE == SOFT_CE:
         value = -weigh(mass, x[i] - log_t[i][:, None])
@@ -149,25 +150,13 @@ def any_teachers(
 
 
 @triton.jit
-def log_of(x, gap, log_t, DIVERGENCE: tl.constexpr):
-    """l itself for soft cross entropy; else less the deepest exit's log s, which differences of
-    two do not see."""
-    if DIVERGENCE == SOFT_CE:
-        l = x - log_t[:, None]
-    else:
-        l = x - gap[:, None]
-    return l
-
-
-@triton.jit
 def pair_tile(
     x, e, inverse, gap, log_t, beta, i: tl.constexpr, j: tl.constexpr, DIVERGENCE: tl.constexpr
 ):
     q_i = e[i] * inverse[i][:, None]
     q_j = e[j] * inverse[j][:, None]
-    l_i = log_of(x[i], gap[i], log_t[i], DIVERGENCE)
-    l_j = log_of(x[j], gap[j], log_t[j], DIVERGENCE)
-    return pair_terms(q_i, l_i, q_j, l_j, beta, DIVERGENCE)
+    d = (x[j] - x[i]) + gap_between(inverse[i], inverse[j], gap[i], gap[j])[:, None]
+    return pair_terms(q_i, q_j, d, x[i] - log_t[i][:, None], beta, DIVERGENCE)
 
 
 @triton.jit
@@ -193,41 +182,3 @@ def pairs_of(
                 _, _, teacher = pair_tile(x, e, inverse, gap, log_t, beta, i, k, DIVERGENCE)
                 h += weigh((w * coefficient[i])[:, None], teacher)
     return value, h
-
-
-@triton.jit
-def corrections(
-    excess, pair_weight, row, rows, PAIRS: tl.constexpr, PER_ROW: tl.constexpr,
-    DIVERGENCE: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    """What rounded normalisers add to sum_j w_ij D_ij of every student (see `normalisers`)."""
-    result = ()
-    mutual = excess[0]
-    for k in tl.static_range(1, K):
-        mutual += excess[k]
-    deeper = 0 * excess[0]
-    taught = ()
-    for i in tl.static_range(K - 1, -1, -1):
-        if PAIRS == NONE:
-            error = tl.zeros(row.shape, REAL)
-        elif DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL:
-            if PAIRS == MUTUAL:
-                error = K * excess[i] - mutual
-            elif PAIRS == DEEPER:
-                error = (K - 1 - i) * excess[i] - deeper
-                deeper += excess[i]
-            elif PAIRS == DENSE:
-                error = tl.zeros(row.shape, REAL)
-                for j in tl.static_range(COUNT):
-                    w = weight_of(pair_weight, row, rows, i, j, 5, PER_ROW, COUNT, REAL)
-                    error += weigh(w, excess[i] - excess[j])
-            else:
-                error = excess[i] - excess[only_teacher(PAIRS, K, i)]
-            if DIVERGENCE == REVERSE_KL:
-                error = -error
-        else:
-            error = tl.zeros(row.shape, REAL)
-        taught = taught + (error,)
-    for i in tl.static_range(K):
-        result = result + (taught[K - 1 - i],)
-    return result

@@ -12,7 +12,8 @@ from torch import Tensor
 from msdkern import reference
 
 from . import table
-from .loss import count_kernel, loss_kernel
+from .cross_entropy import count_kernel
+from .loss import loss_kernel
 from .rows import GROUP
 from .softmax import scale_kernel, softmax_backward_kernel, softmax_kernel, statistics_kernel
 from .tensors import (

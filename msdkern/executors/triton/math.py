@@ -62,6 +62,18 @@ def log_ratio(a, b):
 
 
 @triton.jit
+def gap_between(inverse_i, inverse_j, gap_i, gap_j):
+    """l_j - l_i less x_j - x_i: gap_i - gap_j, but not blurred by a distant reference where the
+    normalisers of i and j nearly agree. There log(1 + y) is its series, to float32's last bit."""
+    between = gap_i - gap_j
+    if between.dtype != tl.float64:  # whose last bits the series does not reach, nor blur does
+        y = (inverse_j - inverse_i) / inverse_i
+        series = y * (1 - y * (0.5 - y * (1.0 / 3 - y * (0.25 - y * 0.2))))
+        between = tl.where(tl.abs(y) < 0.03, series, between)
+    return between
+
+
+@triton.jit
 def forward_kl_gradient(q_i, n, mass):
     """(6) sum_j W_ij (q_i - q_j), mass = sum_j W_ij q_j, n = sum_j W_ij; the factor 1 / T is left
     to the caller. The gradient of forward KL, and of soft cross entropy."""
@@ -75,14 +87,14 @@ def forward_kl_value(gradient, d_i, mass, moment):
 
 
 @triton.jit
-def pair_terms(q_i, l_i, q_j, l_j, beta, DIVERGENCE: tl.constexpr):
-    """(2), (6) One pair: the value, and the derivatives with respect to l_i and l_j up to multiples
-    of q_i and q_j, which the softmax Jacobian removes."""
+def pair_terms(q_i, q_j, d, l_i, beta, DIVERGENCE: tl.constexpr):
+    """(2), (6) One pair, d = l_j - l_i: the value, and the derivatives with respect to l_i and l_j
+    up to multiples of q_i and q_j, which the softmax Jacobian removes."""
     if DIVERGENCE == FORWARD_KL:
-        f = weigh(q_j, l_j - l_i)
+        f = weigh(q_j, d)
         value, of_student, of_teacher = f + (q_i - q_j), -q_j, f
     elif DIVERGENCE == REVERSE_KL:
-        f = weigh(q_i, l_i - l_j)
+        f = weigh(q_i, -d)
         value, of_student, of_teacher = f + (q_j - q_i), f, -q_i
     elif DIVERGENCE == SOFT_CE:
         f = weigh(q_j, l_i)

@@ -109,9 +109,7 @@ def batch_is_complete(sums, group_sums, tickets, FIELDS: tl.constexpr):
             column = begin + tl.arange(0, AT_ONCE)
             inside = column < FIELDS
             mine = sums + first.to(tl.int64) * FIELDS
-            total = column_sums(
-                mine, tl.minimum(GROUP, programs - first), column, inside, FIELDS
-            )
+            total = column_sums(mine, tl.minimum(GROUP, programs - first), column, inside, FIELDS)
             where = group_sums + group.to(tl.int64) * FIELDS + column
             tl.store(where, total, mask=inside)
         complete = last_of(tickets, groups)
@@ -119,18 +117,18 @@ def batch_is_complete(sums, group_sums, tickets, FIELDS: tl.constexpr):
 
 
 @triton.jit
-def normalisers(s, ROW_COUNT: tl.constexpr, REFERENCE: tl.constexpr):
-    """From the sums of exponentials: 1 / s, by how much s (1 / s) exceeds 1 after rounding, and
-    log s less that of the reference exit.
+def normalisers(s, COUNT: tl.constexpr, REFERENCE: tl.constexpr):
+    """From the sums of exponentials: 1 / s, and by how much l = x - log s of each exit is less
+    than that of the reference exit for the same x.
 
-    q = e (1 / s) sums to 1 + excess. A KL of near-identical exits, which is of second order, would
-    inherit that as an error of first order; knowing it, it is taken out of the values.
+    log s is taken from 1 / s as it was rounded. Then l is exactly log q of the q = e (1 / s) that
+    is used, and a KL with its (b - a), which is of second order in what q_i and q_j differ by,
+    does not inherit the rounding of the normalisers as an error of first order.
     """
     inverse = ()
-    excess = ()
     gap = ()
-    for r in tl.static_range(ROW_COUNT):
+    for r in tl.static_range(COUNT):
         inverse = inverse + (1 / s[r],)
-        excess = excess + (tl.fma(inverse[r], s[r], -1.0 + 0 * s[r]),)
-        gap = gap + (log_ratio(s[r], s[REFERENCE]),)
-    return inverse, excess, gap
+    for r in tl.static_range(COUNT):
+        gap = gap + (log_ratio(inverse[REFERENCE], inverse[r]),)
+    return inverse, gap

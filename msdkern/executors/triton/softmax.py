@@ -25,9 +25,7 @@ def exit_of(values, k, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    pointer, c, present, classes, fill: tl.constexpr, REAL: tl.constexpr
-):
+def load_tile(pointer, c, present, classes, fill: tl.constexpr, REAL: tl.constexpr):
     inside = present[:, None] & (c < classes)[None, :]
     return tl.load(pointer[:, None] + c[None, :], mask=inside, other=fill).to(REAL)
 
