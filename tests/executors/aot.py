@@ -44,6 +44,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int
+    fusion: bool
 
 
 def launches(function, *arguments) -> list[Launch]:
@@ -51,10 +52,10 @@ def launches(function, *arguments) -> list[Launch]:
     found: list[Launch] = []
     kept = JITFunction.run
 
-    def record(self, *values, grid, warmup, num_warps=4, **named):
+    def record(self, *values, grid, warmup, num_warps=4, enable_fp_fusion, **named):
         names = [p.name for p in self.params]
         bound = dict(zip(names, values, strict=False)) | named
-        found.append(Launch(self, grid, bound, num_warps))
+        found.append(Launch(self, grid, bound, num_warps, enable_fp_fusion))
 
     JITFunction.run = record
     try:
@@ -96,8 +97,9 @@ def build(launch: Launch, target: str, **options):
         described: list[Any] = []
         _describe(value, (i,), described, constants, attributes)
         signature[parameter.name] = described[0]
+    kept = {"num_warps": launch.warps, "enable_fp_fusion": launch.fusion}
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    return compile(source, target=TARGETS[target], options={"num_warps": launch.warps, **options})
+    return compile(source, target=TARGETS[target], options=kept | options)
 
 
 # What the binary says ---------------------------------------------------------------------------

@@ -38,6 +38,11 @@ SPAN = 4096  # labels per program that counts for the others
 SCALED = 4096  # elements per step of a program that scales
 SCALING_PROGRAMS = 1024
 
+# No contraction of a product and a sum: l = x - log s must use the x, as rounded, whose exponential
+# q is, or near-identical exits lose the digits that the formulas keep. Said at every launch, as
+# what Triton does by itself differs between versions.
+EXACT = {"enable_fp_fusion": False}
+
 
 def _groups(programs: int) -> int:
     return -(-programs // int(GROUP))
@@ -164,7 +169,7 @@ class _Loss:
                 PAIR_ROWS=given.pair_weight is not None and given.pair_weight.dim() == 3,
                 RESIDENT=plan.resident, STEP=z[0].step, K=self.exits, COUNT=count,
                 WIDTH=table.power_of_two(self.exits), ROWS=plan.rows, BLOCK=plan.block,
-                REAL=REAL[self.real], num_warps=plan.warps,
+                REAL=REAL[self.real], num_warps=plan.warps, **EXACT,
             )  # fmt: skip
 
     def count(self) -> Tensor:
@@ -177,7 +182,7 @@ class _Loss:
         count_kernel[(programs,)](
             self.label, self.given.class_weight, counts, sums, group_sums,
             tickets(self.like, _groups(programs) + 1), self.given.ignore_index, self.rows,
-            self.classes, SPAN=SPAN, REAL=REAL[self.real],
+            self.classes, SPAN=SPAN, REAL=REAL[self.real], **EXACT,
         )  # fmt: skip
         return counts
 
@@ -237,7 +242,7 @@ def _row_launch(z: Exits) -> _Rows:
     plan = table.row_plan(classes, real == torch.float64)
     options = {
         "STEP": z.step, "K": len(z.tensors), "ROWS": plan.rows, "BLOCK": plan.block,
-        "REAL": REAL[real], "num_warps": plan.warps,
+        "REAL": REAL[real], "num_warps": plan.warps, **EXACT,
     }  # fmt: skip
     return _Rows((-(-rows // plan.rows), len(z.tensors)), options)
 
@@ -317,5 +322,5 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
             blocks = -(-size // SCALED)
             scale_kernel[(min(blocks, SCALING_PROGRAMS), len(data))](
                 data, f, size, POINTER=bool(pointers), K=len(data), BLOCK=SCALED, REAL=REAL[real],
-                num_warps=4,
+                num_warps=4, **EXACT,
             )  # fmt: skip

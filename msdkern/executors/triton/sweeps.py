@@ -176,12 +176,12 @@ def label_gradient(
 ):  # fmt: skip
     """(6) (sum_c u_c) p - u, scaled; the label's share leaves before rounding."""
     one = tl.exp(x * temperature) if DIVERGENT else e
-    g = one * p_scale[:, None]
+    g = 0 * one
     if DENSE_TARGET:
-        g -= u * u_scale[:, None]
+        g = -u * u_scale[:, None]
     elif TARGET == LABELS:
-        g -= tl.where(c[None, :] == label[:, None], u_scale[:, None], 0.0)
-    return g
+        g = tl.where(c[None, :] == label[:, None], -u_scale[:, None], 0.0)
+    return tl.fma(one, p_scale[:, None], g)
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def direct_tile(
                 DENSE_TARGET,
             )  # fmt: skip
             if PAIRS != NONE:
-                g += step * pair_factor[i][:, None]
+                g = tl.fma(step, pair_factor[i][:, None], g)
             store_gradient(gradient[i], row, c, inside, valid, class_steps, g, STEP, WIDE)
     result = ()
     for i in tl.static_range(K):
