@@ -162,6 +162,17 @@ def test_a_temperature_that_is_not_positive(monkeypatch):
         assert msdkern.multi_exit_loss(z, pair_weight="mutual", temperature=t).loss.isnan()
 
 
+@pytest.mark.parametrize(("normalizer", "expected"), [(0.0, 0.0), (torch.tensor(-1.0), torch.nan)])
+def test_a_count_of_no_rows_and_no_count(normalizer, expected, monkeypatch):
+    monkeypatch.setattr(launch, "check_count", lambda *a: None)
+    z = [x.requires_grad_() for x in make_logits("random", (2, 3, 5), torch.float32)]
+    with msdkern.executor("triton"):
+        loss = msdkern.multi_exit_loss(z, pair_weight="mutual", normalizer=normalizer).loss
+    torch.testing.assert_close(loss.detach(), torch.tensor(expected), equal_nan=True)
+    gradient = torch.autograd.grad(loss, z)[0]
+    torch.testing.assert_close(gradient, torch.full_like(gradient, expected), equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_and_statistics(dtype):
     for kind, layout in (("random", "slice"), ("masked", "columns"), ("minus_1e4", "transposed")):

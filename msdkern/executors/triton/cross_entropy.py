@@ -17,6 +17,15 @@ LABELS_AT_ONCE = tl.constexpr(1024)
 
 
 @triton.jit
+def share_of(count):
+    """(3) r = 1 / count for a given normalizer, and 0 where nothing was counted. NaN for what is
+    no count: the value is on the device, so nothing can raise."""
+    share = 1 / tl.where(count > 0, count, 1)
+    share = tl.where(count == 0, 0.0, share)
+    return tl.where((count >= 0) & (count < float("inf")), share, float("nan"))
+
+
+@triton.jit
 def count_labels(label, class_weight, ignore_index, begin, end, classes, REAL: tl.constexpr):
     """Valid rows, and the sum of their labels' class weights, over rows begin .. end - 1."""
     valid_rows = tl.zeros((LABELS_AT_ONCE,), REAL)

@@ -19,6 +19,7 @@ from .softmax import scale_kernel, softmax_backward_kernel, softmax_kernel, stat
 from .tensors import (
     REAL,
     Exits,
+    check_count,
     check_labels,
     check_positive,
     exits_of,
@@ -191,7 +192,7 @@ def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...
     *given, reduction, normalizer, matrix, gradient = arguments
     call = _Loss("multi_exit_loss", SCALAR, logits, Arguments(*given))
     if normalizer is not None:
-        check_positive("multi_exit_loss", "normalizer", normalizer)
+        check_count("multi_exit_loss", "normalizer", normalizer)
     exits, rows = call.exits, call.rows
     count = exits + len(call.given.teacher_logits)
     outputs = (

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import count_labels, dense_values, mass_tile, mass_total, row_weight
+from .cross_entropy import count_labels, dense_values, mass_tile, mass_total, row_weight, share_of
 from .divergences import NONE, pair_tile, share
 from .math import JSD, positive, reciprocal, scalar
 from .rows import (
@@ -58,7 +58,7 @@ COUNTED = tl.constexpr(2)
 
 @triton.jit
 def finish(
-    group_sums, loss, cross_entropy, divergence, matrix, normalizer, MEAN: tl.constexpr,
+    group_sums, loss, cross_entropy, divergence, matrix, given, MEAN: tl.constexpr,
     NORMALIZED: tl.constexpr, MATRIX: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
     WIDTH: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def finish(
     tl.store(divergence + k, (per_row * divergences).to(real), mask=k < K)
     r_ce, r_row = per_label, per_row
     if NORMALIZED:
-        r_ce = 1 / normalizer.to(tl.float64)
+        r_ce = given.to(tl.float64)
         r_row = r_ce
     elif not MEAN:
         r_ce = 1 + 0 * per_label
@@ -139,10 +139,8 @@ def loss_kernel(
     # (3) r of the two parts, as far as it is known now.
     r_ce = tl.full((), 1.0, REAL)
     r_row = tl.full((), 1.0, REAL)
-    divisor = tl.full((), 1.0, REAL)
     if NORMALIZED:
-        divisor = positive(scalar(normalizer, POINTERS & 4, REAL))
-        r_ce = 1 / divisor
+        r_ce = share_of(scalar(normalizer, POINTERS & 4, REAL))
         r_row = r_ce
     elif COUNTING == COUNT_HERE:
         valid_rows, weights = count_labels(
@@ -332,6 +330,6 @@ def loss_kernel(
                     tl.store(mine + field, tl.sum(tl.where(valid, d, 0.0), 0))
         if batch_is_complete(sums, group_sums, tickets, FIELDS):
             finish(
-                group_sums, loss, cross_entropy, divergence, matrix, divisor, MEAN, NORMALIZED,
+                group_sums, loss, cross_entropy, divergence, matrix, r_row, MEAN, NORMALIZED,
                 MATRIX, K, COUNT, WIDTH, FIELDS,
             )  # fmt: skip

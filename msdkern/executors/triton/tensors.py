@@ -41,6 +41,11 @@ def check_positive(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be positive and finite; got {value.item()}")
 
 
+def check_count(op: str, name: str, value: Tensor) -> None:
+    if checks_values(value) and not 0 <= value.item() < math.inf:
+        raise ValueError(f"{op}: {name} must be finite and not negative; got {value.item()}")
+
+
 def check_labels(op: str, label: Tensor | None, classes: int, skip: int) -> None:
     if label is None or not checks_values(label):
         return
