@@ -17,7 +17,7 @@ from . import floor, peers
 from .baselines import BASELINES
 from .problem import Problem, WrongResult
 
-Call = Callable[[], Any]
+Call = Callable[..., Any]
 
 
 @dataclass
@@ -52,22 +52,28 @@ def _plain(name: str, kind: str, call: Call) -> Contender:
 
 
 def _pytorch(problem: Problem, every_formulation: bool) -> Iterator[Contender]:
-    data = (problem.recipe, problem.logits, problem.target, problem.teachers)
+    def data() -> tuple[Any, ...]:
+        return problem.recipe, problem.logits, problem.target, problem.teachers
+
     baselines = BASELINES[problem.case.family]
-    yield _plain("naive", "naive", lambda: baselines.naive(*data))
-    yield _plain("shared", "eager", lambda: baselines.shared(*data))
+    yield _plain("naive", "naive", lambda: baselines.naive(*data()))
+    yield _plain("shared", "eager", lambda: baselines.shared(*data()))
     for name, formulation in baselines.compiled.items():
         if every_formulation or name in problem.case.formulations:
             # The function itself, not a partial of it: all partials share one frame, whose limit
             # of compiled versions five formulations exceed. It reads the recipe as constants.
             compiled = torch.compile(formulation, dynamic=False, fullgraph=True)
-            call = functools.partial(compiled, *data)
+            call = functools.partial(_call_with, compiled, data)
             yield Contender(f"compiled {name}", "compiled", call, call, _as_many_as_it_takes)
 
 
 def _as_many_as_it_takes() -> AbstractContextManager[Any]:
     """Lets the compiler keep `nonzero`, whose length it cannot know, in the graph."""
     return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+
+
+def _call_with(function: Call, data: Callable[[], tuple[Any, ...]]) -> Any:
+    return function(*data())
 
 
 def _ours(problem: Problem, executor: str) -> Contender:

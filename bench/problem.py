@@ -50,6 +50,22 @@ class Problem:
         self.upstream: list[Tensor] | None = None
         if case.family == "softmax":
             self.upstream = [normal().to(dtype) for _ in range(case.exits)]
+        self._copies = [self.logits]
+
+    def multiply(self, copies: int) -> None:
+        """Keeps the logits so many times over, for `rotate`."""
+        for _ in range(copies - 1):
+            self._copies.append([z.detach().clone().requires_grad_() for z in self.logits])
+
+    def rotate(self) -> None:
+        """Goes on to the next copy of the logits, so that no call meets what the one before left
+        in a cache. Contenders ask for the logits when they are called."""
+        self._copies.append(self._copies.pop(0))
+        self.logits = self._copies[0]
+
+    @property
+    def copies(self) -> int:
+        return len(self._copies)
 
     @property
     def bytes(self) -> int:

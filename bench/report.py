@@ -36,6 +36,7 @@ def page(results: dict[str, Any]) -> str:
         found = by_family(results, family, phase)
         if found:
             parts += [f"## {title}", _times(found)]
+    parts += _device_only(results)
     parts += ["## Peak memory of one call", _memory(results)]
     parts += ["## First call", _first_calls(results)]
     parts += [
@@ -105,6 +106,35 @@ def _time_row(view: View) -> list[str]:
     return cells
 
 
+def _device_only(results: dict[str, Any]) -> list[str]:
+    """Replays from a CUDA graph, and the host's time, where there are any."""
+    rows = []
+    for entry in results["cases"]:
+        for c in entry["contenders"]:
+            took = c.get("seconds", {})
+            if c["kind"] in ("floor", "msdkern", "compiled") and "host" in took:
+                graph = seconds(took["graph"]["median"]) if "graph" in took else "-"
+                host = seconds(took["host"]["median"])
+                rows.append([f"`{entry['case']['name']}`", c["name"], graph, host])
+    if not rows:
+        return []
+    note = "Forward and backward. *graph*: device time, replayed from a CUDA graph over rotating"
+    note += " buffers, for logits of up to 64 MB. *host*: time until the call has returned."
+    header = ["case", "contender", "graph", "host"]
+    return ["## Without the host, and the host alone", f"{table(header, rows)}\n\n{note}"]
+
+
+def short_table(results: dict[str, Any]) -> str:
+    """One line per case: our time, percent of the floor, and over the best compiled."""
+    rows = []
+    for family, phase in TITLES:
+        if phase == "both" or family == "statistics":
+            for view in by_family(results, family, phase):
+                cells = _time_row(view)
+                rows.append([cells[0], cells[1], cells[8], cells[9], cells[11]])
+    return table(["case", "K, N, C", "msdkern", "over compiled", "% of copy"], rows)
+
+
 def _memory(results: dict[str, Any]) -> str:
     header = ["case", "logits", "naive", "shared", "least compiled", "msdkern"]
     rows = []
@@ -159,7 +189,7 @@ def _method(results: dict[str, Any]) -> str:
         "Every contender's values and gradients were held against a float64 truth first; one that"
         " disagrees is left out.",
         "Blocks of five calls, the first dropped, contenders in turns, through autograd; medians."
-        f" About {results['settings']['seconds']:g} s of timing per case.",
+        f"{_caches(results)} About {results['settings']['seconds']:g} s of timing per case.",
         "*naive*: one `F.kl_div` with its own two softmaxes per pair. *shared*: log-probabilities"
         " once per exit. *best compiled*: the fastest of the `torch.compile` formulations named in"
         " `bench/cases.py`, static shapes, chosen per case and phase.",
@@ -169,6 +199,12 @@ def _method(results: dict[str, Any]) -> str:
     if kept:
         lines.append("malloc keeps freed memory during the run, for every contender alike.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _caches(results: dict[str, Any]) -> str:
+    if any(entry["case"]["device"] == "cuda" for entry in results["cases"]):
+        return " Device events; caches cold, buffers rotating."
+    return ""
 
 
 class Change(NamedTuple):

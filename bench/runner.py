@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import device
 from .cases import Case
 from .contenders import Contender, contenders, prepare
 from .machine import keep_memory, machine, software
@@ -74,7 +75,11 @@ def run_case(case: Case, settings: Settings, say: Say = lambda line: None) -> di
             say(f"checking {contender.name}")
             prepare(contender, problem)
     say("timing")
+    if case.device == "cuda":
+        device.prepare(problem)
     times = measure(made, problem, settings.seconds)
+    if case.device == "cuda":
+        device.measure_more(made, problem, times)
     return {
         "case": case.to_json(),
         "group": case.group,

@@ -9,7 +9,6 @@ runs shorter blocks, so that it does not take all the time.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from time import perf_counter
@@ -32,6 +31,8 @@ Samples = dict[str, list[float]]
 class Clock(Protocol):
     """Takes stamps during a block and says afterwards how many seconds lie between them."""
 
+    def chill(self) -> None: ...
+
     def stamp(self) -> Any: ...
 
     def settle(self) -> None: ...
@@ -41,6 +42,9 @@ class Clock(Protocol):
 
 class HostClock:
     """Wall clock; every CPU kernel has finished when its call returns."""
+
+    def chill(self) -> None:
+        """Nothing: blocks are warm, as the results say."""
 
     stamp = staticmethod(perf_counter)
 
@@ -52,43 +56,33 @@ class HostClock:
         return end - begin
 
 
-class DeviceClock:
-    """CUDA events, read once per block so that no call waits for the one before it."""
-
-    def stamp(self) -> torch.cuda.Event:
-        """An event in the current stream."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def settle(self) -> None:
-        """Waits for all stamps of a block."""
-        torch.cuda.synchronize()
-
-    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Device time between two events."""
-        return begin.elapsed_time(end) / 1e3
-
-
 def clock_for(device: str) -> Clock:
     """The clock of a device type."""
-    return DeviceClock() if device == "cuda" else HostClock()
+    if device != "cuda":
+        return HostClock()
+    from .device import DeviceClock
+
+    return DeviceClock()
 
 
 def _forward_block(contender: Contender, problem: Problem, clock: Clock, calls: int) -> Samples:
+    stamps = []
     with torch.no_grad():
-        stamps = [clock.stamp()]
         for _ in range(calls):
+            problem.rotate()
+            clock.chill()
+            begin = clock.stamp()
             contender.infer()
-            stamps.append(clock.stamp())
+            stamps.append((begin, clock.stamp()))
     clock.settle()
-    pairs = list(itertools.pairwise(stamps))[1:]
-    return {"forward": [clock.seconds(a, b) for a, b in pairs]}
+    return {"forward": [clock.seconds(a, b) for a, b in stamps[1:]]}
 
 
 def _both_block(contender: Contender, problem: Problem, clock: Clock, calls: int) -> Samples:
     stamps = []
     for _ in range(calls):
+        problem.rotate()
+        clock.chill()
         begin = clock.stamp()
         outputs = contender.train()
         middle = clock.stamp()

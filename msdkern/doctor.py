@@ -170,7 +170,7 @@ def self_tests() -> dict[str, dict[str, Any]]:
     for name, reason in executors.table()["multi_exit_loss"].items():
         if reason is not None:
             continue
-        device = executors.EXECUTORS[name][1] or "cpu"
+        device = executors.device_type(name) or "cpu"
         try:
             results[name] = self_test(name, device)
         except Exception as error:  # a doctor reports what it meets

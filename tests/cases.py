@@ -26,7 +26,7 @@ property_test = hypothesis.settings(
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def make_logits(kind, shape, dtype, seed=0):

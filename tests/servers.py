@@ -1,19 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes in a test: every executor that can run here, each instruction set by itself."""
+"""Who computes in a test: every executor that can run here, each instruction set by itself.
+
+MSDKERN_TEST_DEVICE=cuda runs the tests of the ops on a GPU (see tests/conftest.py), and
+MSDKERN_TEST_SERVERS=triton, or several joined by commas, on these executors alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 
 from msdkern import executors
 
+DEVICE = os.environ.get("MSDKERN_TEST_DEVICE", "cpu")
+
+
+def _serves(name: str) -> bool:
+    return executors.device_type(name) in (None, DEVICE) and executors.reason(name) is None
+
 
 def _servers() -> tuple[str, ...]:
-    if executors.reason("cpu") is not None:
-        return ("eager",)
-    from msdkern import _cpu
+    chosen = os.environ.get("MSDKERN_TEST_SERVERS")
+    if chosen:
+        return tuple(chosen.split(","))
+    found = [name for name in executors.EXECUTORS if name != "cpu" and _serves(name)]
+    if _serves("cpu"):
+        from msdkern import _cpu
 
-    return ("eager", *(f"cpu:{isa}" for isa in _cpu.isas()))
+        found += [f"cpu:{isa}" for isa in _cpu.isas()]
+    return tuple(found)
 
 
 SERVERS = _servers()

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-# Module of each executor, and the device types it serves.
+# Module of each executor, and the device type it serves (its own `device_type` may say otherwise).
 EXECUTORS = {
     "eager": ("msdkern.executors.eager", None),
     "cpu": ("msdkern.executors.native", "cpu"),
     "cuda": ("msdkern.executors.cuda", "cuda"),
+    "triton": ("msdkern.executors.triton", "cuda"),
 }
-# Which executor is tried first on which device; any other device gets `eager`. Derived from bytes
-# and launches, not measured: no shape is known at which `cuda` reads more than another executor.
-PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "eager")}
+# Which executor is tried first on which device; any other device gets `eager`. Not measured yet:
+# `cuda` comes first because its kernels keep larger row sets on chip.
+PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
 _forced: str | None = os.environ.get("MSDKERN_EXECUTOR") or None
 
@@ -41,6 +42,12 @@ def reason(name: str) -> str | None:
     return _module(name).reason()
 
 
+def device_type(name: str) -> str | None:
+    """The device type that an executor serves here; None for any. ROCm's is "cuda" as well."""
+    of_module = getattr(_module(name), "device_type", None)
+    return EXECUTORS[name][1] if of_module is None else of_module()
+
+
 def _missing(op: str, name: str) -> str | None:
     return None if hasattr(_module(name), op) else f"executor {name!r} does not serve {op}"
 
@@ -49,7 +56,7 @@ def _refusal(op: str, name: str, device: str) -> str | None:
     """Why this executor cannot serve this op on this device, or None."""
     if name not in EXECUTORS:
         return f"unknown executor {name!r} (known: {', '.join(EXECUTORS)})"
-    serves = EXECUTORS[name][1]
+    serves = device_type(name)
     if serves not in (None, device):
         return f"executor {name!r} serves {serves} tensors; got {device}"
     return reason(name) or _missing(op, name)

@@ -9,7 +9,7 @@ import torch
 
 import msdkern
 from msdkern import executors
-from msdkern.executors import cuda, native
+from msdkern.executors import native
 
 OPS = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_statistics")
 GATES = ("exit_gate", "gate_step", "compact_rows", "scatter_rows")
@@ -33,7 +33,7 @@ def exits():
 
 
 def test_unknown_name():
-    sentence = "^executor: name must be one of eager, cpu, cuda; got 'gpu'$"
+    sentence = "^executor: name must be one of eager, cpu, cuda, triton; got 'gpu'$"
     with pytest.raises(ValueError, match=sentence), msdkern.executor("gpu"):
         pass
 
@@ -113,18 +113,18 @@ def test_the_executor_of_forward_serves_backward():
     assert seen == [("multi_exit_row_losses_backward", "eager")]
 
 
-def test_the_table_and_its_text(without_native, monkeypatch):
-    monkeypatch.setattr(cuda, "reason", lambda: "no GPU")
-    executors.reason.cache_clear()
-    cells = {"eager": None, "cpu": without_native, "cuda": "no GPU"}
-    every = (*OPS, *GATES)
+def test_the_table_and_its_text(without_native):
+    gpu = {name: executors.reason(name) for name in ("cuda", "triton")}
+    reasons = {"eager": None, "cpu": without_native, **gpu}
     table = executors.table()
-    assert {op: table[op] for op in OPS} == dict.fromkeys(OPS, cells)
+    assert {op: table[op] for op in OPS} == dict.fromkeys(OPS, reasons)
+    every = (*OPS, *GATES)
     assert {op: table[op]["cpu"] for op in every} == dict.fromkeys(every, without_native)
     lines = msdkern.explain().splitlines()
-    assert lines[0].split() == ["op", "eager", "cpu", "cuda"]
-    assert [line.split() for line in lines[1:9]] == [[op, "available", "no", "no"] for op in every]
-    assert lines[9:] == [f"cpu: {without_native}", "cuda: no GPU"]
+    assert lines[0].split() == ["op", *reasons]
+    marks = ["available" if why is None else "no" for why in reasons.values()]
+    assert [line.split() for line in lines[1:5]] == [[op, *marks] for op in OPS]
+    assert lines[9:] == [f"{name}: {why}" for name, why in reasons.items() if why]
 
 
 def test_explain_tells_of_a_forced_choice():
@@ -186,7 +186,7 @@ except RuntimeError as error:
         (
             "gpu",
             "exit_statistics: the executor that was asked for cannot serve; "
-            "unknown executor 'gpu' (known: eager, cpu, cuda)",
+            "unknown executor 'gpu' (known: eager, cpu, cuda, triton)",
         ),
     ],
 )

@@ -12,6 +12,8 @@ import torch
 import msdkern
 from tests.servers import SERVERS, serve
 
+pytestmark = pytest.mark.host
+
 K, N, C = 3, 4, 5
 OPS = {
     "multi_exit_loss": msdkern.multi_exit_loss,

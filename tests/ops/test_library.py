@@ -155,6 +155,7 @@ def test_an_exported_gate_decomposes_into_plain_pytorch():
     torch.testing.assert_close(plain.module()(a, b), Gate()(a, b))
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("server", SERVERS)
 def test_autocast(server):
     """Whatever the autocast dtype, logits are taken in the dtype they have."""

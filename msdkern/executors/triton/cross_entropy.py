@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels, normalisers of a mean, and the cross entropies; numbers as in msdkern/reference.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .math import weigh
+from .rows import GROUP, add, at, batch_is_complete, column_sums
+
+PROBABILITIES = tl.constexpr(2)
+LABELS_AT_ONCE = tl.constexpr(1024)
+
+
+# (3), (4) What the labels say of the batch -------------------------------------------------------
+
+
+@triton.jit
+def share_of(count):
+    """(3) r = 1 / count for a given normalizer, and 0 where nothing was counted. NaN for what is
+    no count: the value is on the device, so nothing can raise."""
+    share = 1 / tl.where(count > 0, count, 1)
+    share = tl.where(count == 0, 0.0, share)
+    return tl.where((count >= 0) & (count < float("inf")), share, float("nan"))
+
+
+@triton.jit
+def count_labels(label, class_weight, ignore_index, begin, end, classes, REAL: tl.constexpr):
+    """Valid rows, and the sum of their labels' class weights, over rows begin .. end - 1."""
+    valid_rows = tl.zeros((LABELS_AT_ONCE,), REAL)
+    weights = tl.zeros((LABELS_AT_ONCE,), REAL)
+    for first in range(begin, end, LABELS_AT_ONCE):
+        row = first + tl.arange(0, LABELS_AT_ONCE).to(tl.int64)
+        y = tl.load(label + row, mask=row < end, other=ignore_index)
+        valid = (row < end) & (y != ignore_index)
+        valid_rows += valid.to(REAL)
+        if class_weight is not None:
+            known = valid & (y >= 0) & (y < classes)
+            weights += tl.load(class_weight + y, mask=known, other=0)
+    rows = tl.sum(valid_rows, 0)
+    total = rows
+    if class_weight is not None:
+        total = tl.sum(weights, 0)
+    return rows, total
+
+
+@triton.jit
+def count_kernel(
+    label, class_weight, counts, sums, group_sums, tickets, ignore_index, rows, classes,
+    SPAN: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """counts = (valid rows, sum of class weights); for batches too long to be counted by all."""
+    first = tl.program_id(0).to(tl.int64) * SPAN
+    last = tl.minimum(first + SPAN, rows)
+    valid, weights = count_labels(label, class_weight, ignore_index, first, last, classes, REAL)
+    mine = sums + tl.program_id(0).to(tl.int64) * 2
+    tl.store(mine, valid)
+    tl.store(mine + 1, weights)
+    if batch_is_complete(sums, group_sums, tickets, 2):
+        column = tl.arange(0, 2)
+        groups = tl.cdiv(tl.num_programs(0), GROUP)
+        total = column_sums(group_sums, groups, column, column < 2, 2)
+        tl.store(counts + column, total.to(REAL))
+
+
+# (1) Cross entropy ------------------------------------------------------------------------------
+
+
+@triton.jit
+def mass_tile(
+    probability, probability_stride, class_weight, row, c, inside, classes, label, on_label,
+    smooth, keep, TARGET: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """u: what the cross entropy puts on each class."""
+    weight = tl.full(c.shape, 1.0, REAL)
+    if class_weight is not None:
+        weight = tl.load(class_weight + c, mask=c < classes, other=0)
+    if TARGET == PROBABILITIES:
+        where = at(probability, row, probability_stride, 1)[:, None] + c[None, :]
+        y = tl.load(where, mask=inside, other=0).to(REAL)
+        u = (y * keep + smooth) * weight[None, :]
+    else:
+        u = smooth * weight[None, :] + tl.where(c[None, :] == label[:, None], on_label[:, None], 0)
+    return tl.where(inside, u, 0.0)
+
+
+@triton.jit
+def mass_total(
+    probability, probability_stride, class_weight, row, present, classes, label, on_label, smooth,
+    keep, TARGET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """sum_c u_c of every row."""
+    total = tl.zeros((ROWS, BLOCK), REAL)
+    for b in range(0, tl.cdiv(classes, BLOCK)):
+        c = b * BLOCK + tl.arange(0, BLOCK)
+        inside = present[:, None] & (c < classes)[None, :]
+        total += mass_tile(
+            probability, probability_stride, class_weight, row, c, inside, classes, label,
+            on_label, smooth, keep, TARGET, REAL,
+        )  # fmt: skip
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def row_weight(
+    exit_weight, k: tl.constexpr, row, rows, present, PER_ROW: tl.constexpr, REAL: tl.constexpr
+):
+    """a_k of every row."""
+    if exit_weight is None:
+        a = tl.full(row.shape, 1.0, REAL)
+    elif PER_ROW:
+        a = tl.load(exit_weight + k * rows + row, mask=present, other=0)
+    else:
+        a = tl.load(exit_weight + k + 0 * row)
+    return a
+
+
+@triton.jit
+def dense_values(x, u, value, log_one, back, K: tl.constexpr, WIDE: tl.constexpr):
+    """(1) -sum_c u_c log p_c for targets with mass on many classes."""
+    result = ()
+    for k in tl.static_range(K):
+        tile = weigh(u, log_one[k][:, None] - x[k] * back)
+        result = result + (add(value[k], tile, WIDE),)
+    return result

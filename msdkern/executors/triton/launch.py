@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of executor `triton`: arguments laid out, outputs allocated, one kernel launched each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from msdkern import reference
+
+from . import table
+from .cross_entropy import count_kernel
+from .loss import loss_kernel
+from .rows import GROUP
+from .softmax import scale_kernel, softmax_backward_kernel, softmax_kernel, statistics_kernel
+from .tensors import (
+    REAL,
+    Exits,
+    check_count,
+    check_labels,
+    check_positive,
+    exits_of,
+    numbers,
+    on_device,
+    real_of,
+    tickets,
+)
+
+PAIR_CODES = {"none": 0, "mutual": 1, "last": 2, "deeper": 3, "next": 4, "dense": 5}
+DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "soft_ce": 3}
+SCALAR, ROWS, ROWS_BACKWARD = 0, 1, 2
+COUNT_LATER, COUNT_HERE, COUNTED = 0, 1, 2
+
+LABELS_EACH = 8192  # up to so many, every program counts the batch's labels for itself
+SPAN = 4096  # labels per program that counts for the others
+SCALED = 4096  # elements per step of a program that scales
+SCALING_PROGRAMS = 1024
+
+# No contraction of a product and a sum: l = x - log s must use the x, as rounded, whose exponential
+# q is, or near-identical exits lose the digits that the formulas keep. Said at every launch, as
+# what Triton does by itself differs between versions.
+EXACT = {"enable_fp_fusion": False}
+
+
+def _groups(programs: int) -> int:
+    return -(-programs // int(GROUP))
+
+
+class Arguments(NamedTuple):
+    """What every form of the loss takes after the logits, in the order of the schema."""
+
+    teacher_logits: Sequence[Tensor]
+    target: Tensor | None
+    exit_weight: Tensor | None
+    pairs: str
+    pair_weight: Tensor | None
+    pair_scale: Tensor
+    temperature: Tensor
+    temperature_squared: bool
+    divergence: str
+    beta: float
+    detach_teacher: bool
+    class_weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+
+
+class _Loss:
+    """One call of the loss kernel."""
+
+    def __init__(self, op: str, form: int, logits: Sequence[Tensor], given: Arguments) -> None:
+        self.given, self.form = given, form
+        self.logits, first = logits, logits[0]
+        self.exits, self.rows, self.classes = reference.sizes(logits)
+        self.real, self.like = real_of(first), first
+        check_positive(op, "temperature", given.temperature)
+        index = given.target is not None and not given.target.is_floating_point()
+        self.label = given.target.contiguous() if given.target is not None and index else None
+        self.probability = None if index or given.target is None else given.target
+        if self.probability is not None and self.probability.stride(-1) != 1:
+            self.probability = self.probability.contiguous()
+        check_labels(op, self.label, self.classes, given.ignore_index)
+        self.divergence = given.divergence
+        if given.divergence == "jsd" and given.beta in (0.0, 1.0):
+            self.divergence = "reverse_kl" if given.beta else "forward_kl"
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.real, device=self.like.device)
+
+    def gradients(self, wanted: Sequence[bool]) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+        """Fresh contiguous gradients as they are returned, and each exit's (None: not wanted)."""
+        fresh = [
+            torch.empty_like(z, memory_format=torch.contiguous_format) if want else None
+            for z, want in zip(self.logits, wanted, strict=False)
+        ]
+        kept = [g for g in fresh if g is not None]
+        if not kept:
+            return [], (None,) * self.exits
+        return kept, tuple(kept[0].unbind(0)) if kept[0].dim() == 3 else tuple(fresh)
+
+    def run(
+        self,
+        gradient: tuple[Tensor | None, ...],
+        outputs: Sequence[Tensor | None],
+        upstream: Sequence[Tensor | None] = (None, None),
+        mean: bool = False,
+        normalizer: Tensor | None = None,
+        matrix: bool = False,
+    ) -> None:
+        if self.rows == 0:
+            for output in outputs:
+                if output is not None:
+                    output.zero_()
+            return
+        given = self.given
+        divergent = given.pairs != "none" or matrix
+        # Teachers count only through a matrix of weights, or where their divergences are asked for.
+        teachers = given.teacher_logits if given.pairs == "dense" or matrix else ()
+        z = exits_of(self.logits, teachers)
+        count = self.exits + len(teachers)
+        tensors, strides = z[0].tensors + z[1].tensors, z[0].strides + z[1].strides
+        direct = given.detach_teacher and self.divergence in ("forward_kl", "soft_ce")
+        kind = "direct" if direct or given.pairs == "none" else "general"
+        double = self.real == torch.float64
+        vector = min(z[0].step, 16 // self.like.element_size())
+        plan = table.loss_plan(count, self.classes, vector, kind, double)
+        programs = -(-self.rows // plan.rows)
+        wants_gradient = any(g is not None for g in gradient)
+        fields = 3 * self.exits + 2 + (self.exits * count if matrix else 0)
+        sums = group_sums = ticket = counts = None
+        counting = COUNT_LATER
+        with on_device(self.like):
+            if self.form == SCALAR:
+                groups = _groups(programs)
+                sums = self.new(programs, fields)
+                group_sums = self.new(groups, fields, dtype=torch.float64)
+                ticket = tickets(self.like, groups + 1)
+                if mean and normalizer is None and wants_gradient and self.label is not None:
+                    counting = COUNT_HERE if self.rows <= LABELS_EACH else COUNTED
+            if counting == COUNTED:
+                counts = self.count()
+            scalars, pointers = numbers(
+                (
+                    given.temperature,
+                    given.pair_scale,
+                    normalizer,
+                    given.label_smoothing if given.label_smoothing else None,
+                    given.beta if self.divergence == "jsd" else None,
+                ),
+                self.real,
+                self.like,
+            )
+            target = 0 if given.target is None else 1 if self.label is not None else 2
+            loss_kernel[(programs,)](
+                tensors, strides, gradient, self.label, self.probability,
+                0 if self.probability is None else self.probability.stride(0),
+                given.class_weight, given.exit_weight, given.pair_weight, *upstream,
+                *scalars, *outputs, counts, sums, group_sums, ticket,
+                given.ignore_index, self.rows, self.classes // z[0].step,
+                POINTERS=pointers, FORM=self.form, PAIRS=PAIR_CODES[given.pairs],
+                DIVERGENCE=DIVERGENCE_CODES[self.divergence] if divergent else 0,
+                DETACH=given.detach_teacher or not divergent,
+                SQUARED=given.temperature_squared, MEAN=mean, NORMALIZED=normalizer is not None,
+                COUNTING=counting, GRADIENT=wants_gradient, MATRIX=matrix, TARGET=target,
+                SMOOTH=given.label_smoothing != 0,
+                EXIT_ROWS=given.exit_weight is not None and given.exit_weight.dim() == 2,
+                PAIR_ROWS=given.pair_weight is not None and given.pair_weight.dim() == 3,
+                RESIDENT=plan.resident, STEP=z[0].step, K=self.exits, COUNT=count,
+                WIDTH=table.power_of_two(self.exits), ROWS=plan.rows, BLOCK=plan.block,
+                REAL=REAL[self.real], num_warps=plan.warps, **EXACT,
+            )  # fmt: skip
+
+    def count(self) -> Tensor:
+        """Valid rows and the sum of their class weights, by a launch of its own: in a batch this
+        long, programs that each read all labels would cost more."""
+        assert self.label is not None
+        programs = -(-self.rows // SPAN)
+        counts, sums = self.new(2), self.new(programs, 2)
+        group_sums = self.new(_groups(programs), 2, dtype=torch.float64)
+        count_kernel[(programs,)](
+            self.label, self.given.class_weight, counts, sums, group_sums,
+            tickets(self.like, _groups(programs) + 1), self.given.ignore_index, self.rows,
+            self.classes, SPAN=SPAN, REAL=REAL[self.real], **EXACT,
+        )  # fmt: skip
+        return counts
+
+
+def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...]:
+    *given, reduction, normalizer, matrix, gradient = arguments
+    call = _Loss("multi_exit_loss", SCALAR, logits, Arguments(*given))
+    if normalizer is not None:
+        check_count("multi_exit_loss", "normalizer", normalizer)
+    exits, rows = call.exits, call.rows
+    count = exits + len(call.given.teacher_logits)
+    outputs = (
+        call.new(),
+        call.new(exits),
+        call.new(exits),
+        call.new(exits, count) if matrix else call.new(0),
+        call.new(exits, rows, dtype=torch.int64),
+        call.new(exits, rows),
+    )
+    gradients, each = call.gradients(gradient)
+    written = (*outputs[:3], outputs[3] if matrix else None, *outputs[4:])
+    call.run(each, written, (None, None), reduction == "mean", normalizer, bool(matrix))
+    return (*outputs, gradients)
+
+
+def multi_exit_row_losses(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    call = _Loss("multi_exit_row_losses", ROWS, logits, Arguments(*arguments))
+    outputs = (call.new(call.exits, call.rows), call.new(call.exits, call.rows))
+    call.run((None,) * call.exits, (None, *outputs, None, None, None))
+    return outputs
+
+
+def multi_exit_row_losses_backward(
+    grad_cross_entropy: Tensor, grad_divergence: Tensor, logits: Sequence[Tensor], *arguments: Any
+) -> list[Tensor]:
+    *given, gradient = arguments
+    call = _Loss("multi_exit_row_losses", ROWS_BACKWARD, logits, Arguments(*given))
+    upstream = [g.to(call.real).contiguous() for g in (grad_cross_entropy, grad_divergence)]
+    gradients, each = call.gradients(gradient)
+    call.run(each, (None,) * 6, upstream)
+    return gradients
+
+
+# Softmax, statistics, scaling -----------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """The grid and the tile of a kernel that works row by row."""
+
+    grid: tuple[int, int]
+    options: dict[str, Any]
+
+
+def _row_launch(z: Exits) -> _Rows:
+    rows, classes = z.tensors[0].shape
+    real = real_of(z.tensors[0])
+    plan = table.row_plan(classes, real == torch.float64)
+    options = {
+        "STEP": z.step, "K": len(z.tensors), "ROWS": plan.rows, "BLOCK": plan.block,
+        "REAL": REAL[real], "num_warps": plan.warps, **EXACT,
+    }  # fmt: skip
+    return _Rows((-(-rows // plan.rows), len(z.tensors)), options)
+
+
+def _resident(z: Exits, launch: _Rows) -> bool:
+    return bool(launch.options["BLOCK"] >= z.tensors[0].shape[1])
+
+
+def _fresh(like: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """New contiguous tensors of those shapes, and each exit's."""
+    fresh = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
+    return fresh, tuple(fresh[0].unbind(0)) if fresh[0].dim() == 3 else tuple(fresh)
+
+
+def multi_exit_softmax(logits: Sequence[Tensor], temperature: Tensor, log: bool) -> list[Tensor]:
+    check_positive("multi_exit_softmax", "temperature", temperature)
+    outputs, each = _fresh(logits)
+    (z,) = exits_of(logits)
+    rows, classes = z.tensors[0].shape
+    if rows == 0:
+        return outputs
+    launch = _row_launch(z)
+    (t,), pointers = numbers((temperature,), real_of(logits[0]), logits[0])
+    with on_device(logits[0]):
+        softmax_kernel[launch.grid](
+            z.tensors, z.strides, each, t, rows, classes // z.step, POINTERS=pointers, LOG=log,
+            RESIDENT=_resident(z, launch), **launch.options,
+        )  # fmt: skip
+    return outputs
+
+
+def multi_exit_softmax_backward(
+    gradients: Sequence[Tensor], outputs: Sequence[Tensor], temperature: Tensor, log: bool
+) -> list[Tensor]:
+    results, each = _fresh(outputs)
+    y, g = exits_of(outputs, gradients)
+    rows, classes = y.tensors[0].shape
+    if rows == 0:
+        return results
+    launch = _row_launch(y)
+    (t,), pointers = numbers((temperature,), real_of(outputs[0]), outputs[0])
+    with on_device(outputs[0]):
+        softmax_backward_kernel[launch.grid](
+            y.tensors, y.strides, g.tensors, g.strides, each, t, rows, classes // y.step,
+            POINTERS=pointers, LOG=log, RESIDENT=_resident(y, launch), **launch.options,
+        )  # fmt: skip
+    return results
+
+
+def exit_statistics(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    (z,) = exits_of(logits)
+    rows, classes = z.tensors[0].shape
+    real = real_of(logits[0])
+    dtypes = (real, real, torch.int64, real, real, real)
+    shape = (len(z.tensors), rows)
+    outputs = tuple(torch.empty(shape, dtype=d, device=logits[0].device) for d in dtypes)
+    if rows == 0:
+        return outputs
+    launch = _row_launch(z)
+    with on_device(logits[0]):
+        statistics_kernel[launch.grid](
+            z.tensors, z.strides, *outputs, rows, classes // z.step, **launch.options
+        )
+    return outputs
+
+
+def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """In place; tensors are contiguous, as this executor's gradients are."""
+    real = real_of(tensors[0])
+    (f,), pointers = numbers((factor,), real, tensors[0])
+    if f == 1.0 if not pointers else tensors[0].numel() == 0:
+        return
+    sizes = {t.numel() for t in tensors}
+    with on_device(tensors[0]):
+        for size in sorted(sizes):
+            data = tuple(t for t in tensors if t.numel() == size)
+            blocks = -(-size // SCALED)
+            scale_kernel[(min(blocks, SCALING_PROGRAMS), len(data))](
+                data, f, size, POINTER=bool(pointers), K=len(data), BLOCK=SCALED, REAL=REAL[real],
+                num_warps=4, **EXACT,
+            )  # fmt: skip

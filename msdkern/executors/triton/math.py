@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The row formulas, one tile of classes at a time; numbers as in msdkern/reference.py.
+
+The counterpart of csrc/math.h. Student i, teacher j; q = softmax(z / T), l = log q. "d" is l
+relative to a common reference of the same class, which keeps differences between near-identical
+exits accurate.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
+JSD = tl.constexpr(2)
+SOFT_CE = tl.constexpr(3)
+
+
+@triton.jit
+def weigh(p, x):
+    """p x with 0 log 0 = 0: a class without mass adds nothing, also where x is not finite."""
+    return p * tl.where(p == 0, 0.0, x)
+
+
+@triton.jit
+def scalar(x, POINTER: tl.constexpr, REAL: tl.constexpr):
+    """A number passed by value, or read from the device's memory."""
+    if POINTER:
+        value = tl.load(x).to(REAL)
+    else:
+        value = tl.full((), x, REAL)
+    return value
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, and 0 where x is 0: a mean over no rows is 0."""
+    return tl.where(x > 0, 1 / tl.where(x > 0, x, 1), 0)
+
+
+@triton.jit
+def positive(x):
+    """A number that may be divided by, or NaN: the value is on the device, so nothing can raise."""
+    return tl.where((x > 0) & (x < float("inf")), x, float("nan"))
+
+
+@triton.jit
+def log_one_plus(x):
+    """log(1 + x) for x > -1, accurate for small x: log u corrected by what 1 + x lost."""
+    # A ratio of probabilities. Bounded, so that neither end makes inf - inf or 0 / 0.
+    x = tl.where(x < 1e37, x, 1e37)
+    u = 1 + x
+    u = tl.where(u > 1e-37, u, 1e-37)
+    return tl.log(u) + (x - (u - 1)) / u
+
+
+@triton.jit
+def log_ratio(a, b):
+    """log(a / b), with a relative error only, also where a and b nearly agree."""
+    return log_one_plus((a - b) / b)
+
+
+@triton.jit
+def gap_between(inverse_i, inverse_j, gap_i, gap_j):
+    """l_j - l_i less x_j - x_i: gap_i - gap_j, but not blurred by a distant reference where the
+    normalisers of i and j nearly agree. There log(1 + y) is its series, to float32's last bit."""
+    between = gap_i - gap_j
+    if between.dtype != tl.float64:  # whose last bits the series does not reach, nor blur does
+        y = (inverse_j - inverse_i) / inverse_i
+        series = y * (1 - y * (0.5 - y * (1.0 / 3 - y * (0.25 - y * 0.2))))
+        between = tl.where(tl.abs(y) < 0.03, series, between)
+    return between
+
+
+@triton.jit
+def forward_kl_gradient(q_i, n, mass):
+    """(6) sum_j W_ij (q_i - q_j), mass = sum_j W_ij q_j, n = sum_j W_ij; the factor 1 / T is left
+    to the caller. The gradient of forward KL, and of soft cross entropy."""
+    return n * q_i - mass
+
+
+@triton.jit
+def forward_kl_value(gradient, d_i, mass, moment):
+    """(2) sum_j W_ij [q_j (l_j - l_i) + (q_i - q_j)], moment = sum_j W_ij q_j d_j."""
+    return (moment - weigh(mass, d_i)) + gradient
+
+
+@triton.jit
+def pair_terms(q_i, q_j, d, l_i, beta, DIVERGENCE: tl.constexpr):
+    """(2), (6) One pair, d = l_j - l_i: the value, and the derivatives with respect to l_i and l_j
+    up to multiples of q_i and q_j, which the softmax Jacobian removes."""
+    if DIVERGENCE == FORWARD_KL:
+        f = weigh(q_j, d)
+        value, of_student, of_teacher = f + (q_i - q_j), -q_j, f
+    elif DIVERGENCE == REVERSE_KL:
+        f = weigh(q_i, -d)
+        value, of_student, of_teacher = f + (q_j - q_i), f, -q_i
+    elif DIVERGENCE == SOFT_CE:
+        f = weigh(q_j, l_i)
+        value, of_student, of_teacher = -f, -q_j, -f
+    else:
+        # The corrections (b - a) of the two KL terms cancel. With m = q_j + (1 - beta) (q_i - q_j),
+        # log(q / m) = -log1p((m - q) / q).
+        alpha = 1 - beta
+        teacher_gap = alpha * (q_i - q_j)
+        student_gap = -beta * (q_i - q_j)
+        f_j = weigh(q_j, -log_one_plus(teacher_gap / q_j))
+        f_i = weigh(q_i, -log_one_plus(student_gap / q_i))
+        value = beta * (f_j + teacher_gap) + alpha * (f_i + student_gap)
+        of_student, of_teacher = alpha * f_i, beta * f_j
+    return value, of_student, of_teacher
+
+
+@triton.jit
+def softmax_jacobian(h, q, total, inverse_t):
+    """(6) dL/dz from h = dL/dl: (h - q sum_c h) / T."""
+    return (h - q * total) * inverse_t

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many rows, warps and classes a program takes on: looked up, never tuned at run time."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+THREADS = 32  # of a warp; AMD's have 64, so that a thread holds half as much there
+
+
+class Plan(NamedTuple):
+    """ROWS x BLOCK is a program's tile of each exit; resident if BLOCK holds all classes."""
+
+    resident: bool
+    rows: int
+    block: int
+    warps: int
+
+
+# Warps of a program, and how many numbers of a row set [K, C] each of their threads may hold,
+# where an exit counts ROW_NUMBERS besides its elements: x and its exponential are kept of each
+# element, and some eight numbers per row. A thread has 255 registers, in a program of 16 warps
+# 128. "general" are divergences that need one sweep more.
+RESIDENT = {
+    "direct": ((4, 49), (8, 49), (16, 28)),
+    "general": ((4, 28), (8, 28), (16, 20)),
+}
+ROW_NUMBERS = 3
+RESIDENT_CLASSES = 4096
+# Exits, up to which a sweep takes so many classes per step, with so many warps.
+SWEEPS = {
+    "direct": ((4, 2048, 8), (8, 1024, 8), (16, 512, 8), (64, 256, 8)),
+    "general": ((4, 512, 8), (64, 256, 8)),
+}
+CLASSES_PER_WARP = 32  # at least, in a sweep
+# The same for kernels that see one exit at a time.
+ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
+ONE_EXIT_SWEEP = (4096, 8)
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=4096)
+def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) -> Plan:
+    """`exits` counts external teachers; `vector` is how many classes are loaded at once."""
+    halved = 2 if double else 1
+    block = max(vector, power_of_two(classes))
+    # One row per thread: what is kept per row is then kept once.
+    rows = max(1, THREADS * RESIDENT[kind][0][0] * vector // block)
+    for warps, held in RESIDENT[kind] if block <= RESIDENT_CLASSES else ():
+        each = held // (halved * exits) - ROW_NUMBERS  # elements of one exit, by a thread
+        room = THREADS * warps * each
+        while rows > 1 and rows * block > room:
+            rows //= 2
+        if block <= room:
+            return Plan(True, rows, block, warps)
+    step, warps = next((b, w) for most, b, w in SWEEPS[kind] if exits <= most)
+    block = min(block, step // halved)
+    return Plan(False, 1, block, max(1, min(warps, block // CLASSES_PER_WARP)))
+
+
+@functools.lru_cache(maxsize=4096)
+def row_plan(classes: int, double: bool) -> Plan:
+    """For kernels that see one exit at a time."""
+    halved = 2 if double else 1
+    block = power_of_two(classes)
+    for most, warps in ONE_EXIT:
+        if block * halved <= most:
+            return Plan(True, max(1, ONE_EXIT[0][0] // (block * halved)), block, warps)
+    block, warps = ONE_EXIT_SWEEP
+    return Plan(False, 1, block // halved, warps)
