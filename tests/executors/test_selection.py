@@ -9,7 +9,7 @@ import torch
 
 import msdkern
 from msdkern import executors
-from msdkern.executors import native
+from msdkern.executors import cuda, native
 
 OPS = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_statistics")
 GATES = ("exit_gate", "gate_step", "compact_rows", "scatter_rows")
