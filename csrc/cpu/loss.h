@@ -177,7 +177,8 @@ struct Loss {
     // Runs a sweep over all classes, window by window, and stores gradients in their dtype.
     void run(SweepFunction<Real> sweep, const Sample &x, bool writes) const {
         Sweep<Real> &s = x.s;
-        for (int64_t begin = 0; begin < classes; begin += window) {
+        // From the last window back: its exponentials are the likeliest to be in a cache still.
+        for (int64_t begin = (classes - 1) / window * window; begin >= 0; begin -= window) {
             const int64_t count = least(window, classes - begin);
             if (!stored) refill(x, begin, count);
             if (window < classes) aim(x, begin);

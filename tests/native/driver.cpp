@@ -144,7 +144,7 @@ static void loss(int dtype, Shape s, int pairs, int divergence, bool detach, dou
     std::vector<int64_t> label(N), prediction(s.exits * N);
     for (int n = 0; n < N; ++n) label[n] = n == 1 ? -100 : (n * 7 + C - 1) % C;
     msdkern_loss call = {};
-    call.dtype = dtype, call.exits = s.exits, call.teachers = s.teachers, call.threads = 2;
+    call.dtype = dtype, call.exits = s.exits, call.teachers = s.teachers, call.place.threads = 2;
     call.rows = N, call.classes = C, call.pairs = pairs, call.divergence = divergence;
     for (int r = 0; r < width; ++r) call.logits[r] = logits[r].bytes.data(), call.stride[r] = C;
     for (int k = 0; k < s.exits; ++k) call.gradient[k] = gradient[k].bytes.data();
@@ -196,13 +196,13 @@ static void statistics(int dtype, int N, int C) {
     std::vector<Buffer> out(5, Buffer(real, N));
     std::vector<int64_t> prediction(N);
     msdkern_statistics call = {};
-    call.dtype = dtype, call.exits = 1, call.threads = 1, call.rows = N, call.classes = C;
+    call.dtype = dtype, call.exits = 1, call.place.threads = 1, call.rows = N, call.classes = C;
     call.logits[0] = z.bytes.data(), call.stride[0] = C, call.prediction = prediction.data();
     void **fields[] = {&call.lse, &call.confidence, &call.margin, &call.entropy, &call.sum_squares};
     for (int i = 0; i < 5; ++i) *fields[i] = out[i].bytes.data();
     same("status", K.statistics(&call), MSDKERN_OK, 0);
     msdkern_softmax soft = {};
-    soft.dtype = dtype, soft.exits = 1, soft.threads = 1, soft.rows = N, soft.classes = C;
+    soft.dtype = dtype, soft.exits = 1, soft.place.threads = 1, soft.rows = N, soft.classes = C;
     soft.temperature = 2, soft.input[0] = z.bytes.data(), soft.stride[0] = C;
     soft.output[0] = y.bytes.data();
     same("status", K.softmax(&soft), MSDKERN_OK, 0);
@@ -254,7 +254,7 @@ static void gates(int dtype, int N, int C, int measure, double t) {
     std::vector<int64_t> prediction(N), stay(N), index(N);
     int64_t count = -1;
     msdkern_gate call = {};
-    call.dtype = dtype, call.exits = 1, call.threads = 2, call.measure = measure;
+    call.dtype = dtype, call.exits = 1, call.place.threads = 2, call.measure = measure;
     call.rows = call.live = N, call.classes = C;
     for (int k = 0; k < 2; ++k) {
         call.logits[k] = z.bytes.data() + size_t(k * N * C) * Buffer::width(dtype);
@@ -287,7 +287,7 @@ static void copies(int N, int bytes) {
     std::vector<int64_t> index;
     for (int n = N - 1; n >= 0; --n) index.push_back(n);
     msdkern_copy call = {};
-    call.tensors = 1, call.threads = 2, call.count = N - 1, call.capacity = N, call.limit = N;
+    call.tensors = 1, call.place.threads = 2, call.count = N - 1, call.capacity = N, call.limit = N;
     call.index = index.data(), call.bytes[0] = bytes;
     call.source[0] = source.data(), call.target[0] = target.data();
     call.source_stride[0] = call.target_stride[0] = bytes;
