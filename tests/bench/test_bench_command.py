@@ -79,7 +79,7 @@ def test_a_wrong_kernel_fails_the_run(small, monkeypatch, capsys):
         (["--cases", "nothing"], "case must be one of"),
         (["--threads", "0"], "threads must be at least 1; got 0"),
         (["--seconds", "-1"], "seconds must be positive; got -1.0"),
-        (["--executor", "nobody"], "executor must be one of cpu, cuda, eager, triton; got 'nobody'"),
+        (["--executor", "nobody"], "one of cpu, cuda, eager, triton; got 'nobody'"),
         (["--compare", "missing.json"], "missing.json"),
     ],
 )
