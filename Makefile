@@ -52,9 +52,10 @@ $(VENV)/.created:
 	  || { rm -rf $(VENV); echo 'make: no venv module (Debian, Ubuntu: python3-venv)' >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.requirements: requirements-dev.txt $(VENV)/.created
+$(VENV)/.requirements: requirements-dev.txt requirements-trainers.txt $(VENV)/.created
 	$(SAY) 'Installing the pinned requirements (PyTorch is large: minutes, once)'
 	@$(PIP) install -r requirements-dev.txt
+	@$(PIP) install --no-deps -r requirements-trainers.txt
 	@touch $@
 
 $(PACKAGE): $(NATIVE) CMakeLists.txt setup.py pyproject.toml $(VENV)/.requirements

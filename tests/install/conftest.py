@@ -21,7 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_REQUIREMENTS = ("setuptools", "pybind11", "ninja", "cmake")
 TREE = ("csrc", "msdkern", "bench", "tests", ".ci", ".clang-format", "CMakeLists.txt", "LICENSE")
-TREE += ("MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "requirements-dev.txt")
+TREE += ("MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
+TREE += ("requirements-dev.txt", "requirements-trainers.txt")
 TREE += ("setup.py",)
 JUNK = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
 NVCC = os.environ.get("CUDACXX", "nvcc")

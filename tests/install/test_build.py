@@ -30,7 +30,8 @@ def test_sdist_holds_all_that_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"setup.py", "CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md", "Makefile"}
-    needed |= {"requirements-dev.txt", "msdkern/py.typed", "bench/__init__.py", ".ci/run"}
+    needed |= {"requirements-dev.txt", "requirements-trainers.txt"}
+    needed |= {"msdkern/py.typed", "bench/__init__.py", ".ci/run"}
     folders = [ROOT / "csrc", ROOT / "bench", ROOT / "tests", ROOT / "msdkern"]
     sources = [p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".h", ".cpp", ".cu")]
     needed |= {path.relative_to(ROOT).as_posix() for path in sources}

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision beside a PyTorch that cannot load its binary part, as on computers without a GPU.
+
+transformers, timm and torchdistill import torchvision, and that asks for two operators of its
+binary part at import. None of them is called here.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+OPERATORS = []  # a library lives as long as the object
+
+
+def declare_operators(location: Path) -> None:
+    try:
+        torch.ops.load_library(location / "_C.so")
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        OPERATORS.append(library)
+
+
+if found := importlib.util.find_spec("torchvision"):
+    declare_operators(Path(found.submodule_search_locations[0]))
