@@ -33,6 +33,8 @@ COMMANDS = {
 class CommandError(Exception):
     """What stops a command in a way its user can mend: printed as one sentence, exit code 1."""
 
+    told = False  # by another process of the same run
+
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of every command; only the command named in ``argv`` is imported."""
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{command}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except CommandError as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"{command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from msdkern.cli import CommandError
+from msdkern.train import parallel
 from msdkern.train.config import TrainConfig
 from msdkern.train.data import Dataset, Rows
 
@@ -47,6 +48,11 @@ class TrainBatches:
                 f"--batch-size: {config.batch_size} x --accumulate {config.accumulate} must be at"
                 f" most the {len(rows)} training rows"
             )
+        if config.batch_size < parallel.size():
+            raise CommandError(
+                f"--batch-size: must be at least the {parallel.size()} processes; got"
+                f" {config.batch_size}"
+            )
         self.seed, self.batch_size = config.seed, config.batch_size
         self.steps = len(rows) // (config.batch_size * config.accumulate)
         self.count = self.steps * config.accumulate
@@ -62,14 +68,21 @@ class TrainBatches:
         self.normalise = Normalise(dataset, device, config.channels_last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of the batches ``start``, ``start + 1``, ... of one epoch."""
+        """Images and labels of the batches ``start``, ``start + 1``, ... of one epoch.
+
+        Every process draws the order of the whole batch and takes its part.
+        """
         generator, count = generator_for(self.seed, epoch), len(self.labels)
         order = torch.randperm(count, generator=generator)
         offset = torch.randint(2 * self.shift + 1, (2, count), generator=generator)
         mirrored = (torch.rand(count, generator=generator) < 0.5) & self.mirror
         for batch in range(start, self.count):
             span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield self._batch(order[span], offset[:, span], mirrored[span])
+            yield self._batch(
+                parallel.part(order[span]),
+                parallel.part(offset[:, span], 1),
+                parallel.part(mirrored[span]),
+            )
 
     def _batch(self, rows: Tensor, offset: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         across = torch.arange(self.width).expand(len(rows), -1)

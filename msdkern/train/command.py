@@ -36,12 +36,15 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(shares))
         return 0
+    from msdkern.train import parallel
     from msdkern.train.loop import fit
 
-    config = choose_config(given, args.resume)
-    report = fit(config, args.resume)
-    say(config, draw(config))
-    print_report(report, args.json)
+    with parallel.process_group(given.get("device", "auto")):
+        config = parallel.first(lambda: choose_config(given, args.resume))
+        report = fit(config, args.resume)
+        if parallel.rank() == 0:
+            say(config, draw(config))
+            print_report(report, args.json)
     return 0
 
 

@@ -50,7 +50,7 @@ class TrainConfig:
     loss_option: tuple[str, ...] = option((), "further NAME=VALUE of the loss; may be repeated")
 
     epochs: int = option(20, "passes over the training rows")
-    batch_size: int = option(64, "rows per forward and backward")
+    batch_size: int = option(64, "rows per forward and backward, over all processes")
     accumulate: int = option(1, "batches whose gradients make one step")
     lr: float = option(0.1, "peak learning rate of SGD with Nesterov momentum")
     momentum: float = option(0.9, "momentum")
@@ -65,6 +65,12 @@ class TrainConfig:
 
     device: str = option(
         "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", free=True
+    )
+    parallel: str = option(
+        "ddp",
+        "how the processes of torchrun share a run: whole copies, or sharded weights",
+        choices=("ddp", "fsdp"),
+        free=True,
     )
     executor: str = option("auto", "who computes the losses: auto, eager, cpu, ...", free=True)
     threads: int = option(

@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from msdkern.cli import CommandError
-from msdkern.train import checkpoint, data
+from msdkern.train import checkpoint, data, parallel
 from msdkern.train.batches import Normalise, in_order
 from msdkern.train.config import TrainConfig
 from msdkern.train.data import Dataset
@@ -29,22 +29,28 @@ BATCH_SIZE = 512  # one size for train and evaluate: their tables are equal to t
 
 @torch.no_grad()
 def evaluate(
-    model: MultiExitNetwork, dataset: Dataset, config: TrainConfig, device: torch.device
+    model: MultiExitNetwork,
+    dataset: Dataset,
+    config: TrainConfig,
+    device: torch.device,
+    madds: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Every exit on the held-out rows.
 
     Returns ``{"exits": [{"exit": 1.., "accuracy", "cross_entropy", "confidence", "madds"}, ...],
     "rows": N}`` and ``"best_accuracy"`` where it is known. Cross entropy and confidence are means
-    over rows; madds are multiply-adds of one image up to that exit. Leaves the model in
-    evaluation mode.
+    over rows; madds are multiply-adds of one image up to that exit, counted unless given. Leaves
+    the model in evaluation mode. Several processes share the rows, and all know the result.
     """
     import msdkern
     from msdkern import models
 
     model.eval()
+    parallel.average_buffers(model)
     sums = torch.zeros(3, model.exits, dtype=torch.float64)
     normalise = Normalise(dataset, device, config.channels_last)
     for images, labels in in_order(dataset.held_out, normalise, BATCH_SIZE, device):
+        images, labels = parallel.part(images), parallel.part(labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             logits = model(images)
         known = msdkern.exit_statistics(logits)
@@ -52,8 +58,8 @@ def evaluate(
         batch = (known.prediction == labels, known.lse - at_label, known.confidence)
         sums += torch.stack([value.cpu().double().sum(1) for value in batch])
     rows = len(dataset.held_out)
-    accuracy, cross_entropy, confidence = (sums / rows).tolist()
-    madds = models.multiply_adds(model, dataset.input_shape)
+    accuracy, cross_entropy, confidence = (parallel.sum_over(sums) / rows).tolist()
+    madds = madds or models.multiply_adds(model, dataset.input_shape)
     columns = zip(accuracy, cross_entropy, confidence, madds, strict=True)
     names = ("accuracy", "cross_entropy", "confidence", "madds")
     exits = [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdkern.train import parallel
 from msdkern.train.files import naming
 
 
@@ -25,9 +26,11 @@ class Log:
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
-        self.path = path
-        self.file = open(path, "ab")  # noqa: SIM115 - closed by the run
-        self.file.truncate(min(size, self.file.tell()))
+        # Only process 0 has something to write.
+        self.path = path if parallel.rank() == 0 else Path(os.devnull)
+        self.file = open(self.path, "ab")  # noqa: SIM115 - closed by the run
+        if self.file.tell() > size:
+            self.file.truncate(size)
         self.file.seek(0, os.SEEK_END)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -37,8 +40,9 @@ class Log:
 
     def sync(self) -> int:
         """Makes all lines durable and returns the file's size, for the checkpoint."""
-        with naming(self.path):
-            os.fsync(self.file.fileno())
+        if parallel.rank() == 0:
+            with naming(self.path):
+                os.fsync(self.file.fileno())
         return self.file.tell()
 
     def close(self) -> None:
@@ -54,21 +58,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Sums over rows that stay on the device until somebody reads them."""
+    """Sums over the rows of this process that stay on the device until somebody reads them."""
 
     def __init__(self, exits: int, device: torch.device) -> None:
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2 + 2 * exits, dtype=kind, device=device)
         self.exits = exits
 
-    def add(self, loss: Tensor, correct: Tensor, cross_entropy: Tensor, rows: int) -> None:
+    def add(self, loss: Tensor, correct: Tensor, cross_entropy: Tensor, rows: float) -> None:
         """A batch's mean loss, right answers ``[K]`` and mean cross entropies ``[K]``."""
         mean = torch.cat([loss.reshape(1), cross_entropy]).to(self.sums.dtype) * rows
         self.sums += torch.cat([mean.new_full((1,), rows), mean[:1], correct.to(mean), mean[1:]])
 
     def read(self) -> dict[str, Any]:
-        """The means so far. On a GPU this waits for the device."""
-        rows, loss, *rest = self.sums.tolist()
+        """The means so far, over all processes. On a GPU this waits for the device."""
+        rows, loss, *rest = parallel.sum_over(self.sums).tolist()
         rows = max(rows, 1.0)
         return {
             "loss": loss / rows,
@@ -84,8 +88,8 @@ class Progress:
     """A line that rewrites itself on a terminal; elsewhere one line per epoch."""
 
     def __init__(self, total: int, done: int, batch_rows: int, quiet: bool) -> None:
-        self.quiet, self.bar = quiet, None
-        if quiet or not sys.stderr.isatty():
+        self.quiet, self.bar = quiet or parallel.rank() > 0, None
+        if self.quiet or not sys.stderr.isatty():
             return
         try:
             from tqdm import tqdm

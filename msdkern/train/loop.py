@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from msdkern.cli import CommandError
-from msdkern.train import checkpoint, data
+from msdkern.train import checkpoint, data, parallel
 from msdkern.train.config import TrainConfig, check_fields
 from msdkern.train.evaluate import evaluate
 from msdkern.train.files import FolderLock, write_atomically
 from msdkern.train.log import Log, Progress
-from msdkern.train.run import Run, choose_executor, cpu_threads
+from msdkern.train.run import Run, choose_executor, cpu_threads, pick_device
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # the disk, a limit, a quota
 LogCallable = Callable[[dict[str, Any], int], object]
@@ -46,19 +47,35 @@ def fit(
     Raises:
         CommandError: in one sentence, for all that the caller can mend.
     """
+    with parallel.process_group(config.device):
+        return fit_together(config, resume, log)
+
+
+def fit_together(config: TrainConfig, resume: bool, log: LogCallable | None) -> dict[str, Any]:
+    """`fit` in every process of the group."""
     folder = Path(config.out)
-    with FolderLock(folder), choose_executor(config.executor):
-        if resume and (folder / "result.json").exists():
-            return read_json(folder / "result.json")
-        if not resume:
-            refuse_used(folder)
-        state = checkpoint.load_newest(folder, warn) if resume else None
-        dataset = data.load(config)
-        run = Run(config, dataset)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+            stack.enter_context(FolderLock(folder))
+            if resume and (folder / "result.json").exists():
+                return read_json(folder / "result.json"), None
+            if not resume:
+                refuse_used(folder)
+            return None, checkpoint.load_newest(folder, warn) if resume else None
+
+        report, state = parallel.first(begin)
+        if report is not None:
+            return report
+        stack.enter_context(parallel.together(lambda: choose_executor(config.executor)))
+        dataset = parallel.together(lambda: data.load(config))
+        parallel.together(lambda: pick_device(config.device))
+        run = parallel.together(lambda: Run(config, dataset))
         if state is not None:
             run.restore(state)
         try:
-            write_json(folder / "config.json", config.to_dict())
+            if parallel.rank() == 0:
+                write_json(folder / "config.json", config.to_dict())
             with cpu_threads(config, dataset):
                 return train(run, folder, state["log_size"] if state else 0, log)
         except OSError as error:
@@ -103,21 +120,23 @@ def train(run: Run, folder: Path, log_size: int, extra: LogCallable | None) -> d
 
     def record(entry: dict[str, Any]) -> None:
         log.write(entry)
-        if extra is not None:
+        if extra is not None and parallel.rank() == 0:
             extra(entry, run.step)
 
     def save() -> None:
-        checkpoint.save(folder, run.state(log.sync()))
+        state = run.state(log.sync())
+        if parallel.rank() == 0:
+            checkpoint.save(folder, state)
 
     held_out: dict[str, Any] | None = None
     try:
         while run.epoch < config.epochs:
             train_epoch(run, progress, record, save)
-            held_out = evaluate(run.model, run.dataset, config, run.device)
+            held_out = evaluate(run.model, run.dataset, config, run.device, run.madds)
             end_epoch(run, progress, record, held_out)
             save()
         if held_out is None:
-            held_out = evaluate(run.model, run.dataset, config, run.device)
+            held_out = evaluate(run.model, run.dataset, config, run.device, run.madds)
     finally:
         progress.close()
         log.close()
@@ -126,7 +145,8 @@ def train(run: Run, folder: Path, log_size: int, extra: LogCallable | None) -> d
         "checkpoint": str(folder / checkpoint.LAST),
         "seconds": run.seconds,
     }
-    write_json(folder / "result.json", report)
+    if parallel.rank() == 0:
+        write_json(folder / "result.json", report)
     return report
 
 
@@ -171,33 +191,44 @@ def train_epoch(
 def train_step(run: Run, group: list[tuple[Tensor, Tensor]]) -> None:
     """Forward and backward of every batch of the group, then one step of the optimiser.
 
-    Each batch's loss is divided by the valid rows of the whole group, so that the gradients add
-    up to those of one large batch.
+    Each batch's loss is divided by the valid rows of the whole group in all processes, so that
+    the gradients add up to those of one large batch. Processes take the mean of their gradients.
     """
     run.prepare_step()
-    counts = [(labels >= 0).sum() for _, labels in group]
-    valid = torch.stack(counts).sum() if len(group) > 1 else None
-    for images, labels in group:
-        loss, logits = run.forward(images, labels, valid)
-        loss.backward()
-        measure(run, loss.detach(), logits, labels, len(group))
+    parts = len(group) * parallel.size()
+    counts = torch.stack([(labels >= 0).sum() for _, labels in group])
+    valid = parallel.sum_over(counts.sum()) if parts > 1 else None
+    for number, (images, labels) in enumerate(group, 1):
+        with parallel.synchronising(run.parallel, number == len(group)):
+            loss, logits = run.forward(images, labels, valid)
+            (loss if parallel.size() == 1 else loss * parallel.size()).backward()
+        share = 1.0 if valid is None else counts[number - 1] * parts / valid.clamp(min=1)
+        measure(run, loss.detach() * parts, logits, labels, share)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def measure(run: Run, loss: Tensor, logits: list[Tensor], labels: Tensor, parts: int) -> None:
-    """Adds a batch to the meters; nothing waits for the device."""
+def measure(
+    run: Run, loss: Tensor, logits: list[Tensor], labels: Tensor, share: float | Tensor
+) -> None:
+    """Adds a batch to the meters; nothing waits for the device.
+
+    ``loss`` counts as the step's mean, ``share`` is that of the batch's valid rows among those of
+    an average batch of the step.
+    """
+    cross_entropy = run.criterion.terms["cross_entropy"] * share
+    rows = run.config.batch_size / parallel.size()
     correct = torch.stack([(z.argmax(1) == labels).sum() for z in logits])
     for meter in (run.interval_meter, run.epoch_meter):
-        meter.add(loss * parts, correct, run.criterion.terms["cross_entropy"], len(labels))
+        meter.add(loss, correct, cross_entropy, rows)
 
 
 def finite(run: Run) -> dict[str, Any]:
     """The means since the last log line; raises ``CommandError`` if the loss has exploded."""
     means = run.interval_meter.read()
     if not math.isfinite(means["loss"]):
-        raise CommandError(
+        raise parallel.agreed(
             f"the loss is {means['loss']} at step {run.step}: try a smaller --lr than"
             f" {run.config.lr:g}, or a longer --warmup"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msdkern.cli import CommandError
-from msdkern.train import checkpoint
+from msdkern.train import checkpoint, parallel
 from msdkern.train.batches import TrainBatches
 from msdkern.train.config import TrainConfig, check_fields
 from msdkern.train.data import Dataset
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 def pick_device(name: str) -> torch.device:
     """The device called ``name``; "auto" is a GPU if there is one. Raises ``CommandError``."""
+    if parallel.size() > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return parallel.local_device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -109,6 +111,17 @@ def build_criterion(config: TrainConfig, exits: int) -> MultiExitLoss:
             f"--loss: {config.loss} learns from the logits of another network, which train does"
             " not have; call msdkern.nn.create in a loop of your own"
         )
+    if criterion.adapt_temperature and parallel.size() > 1:
+        raise CommandError(
+            f"--loss: {config.loss} adapts its temperature to the rows of one process; train it"
+            " with one, or without adaptive"
+        )
+    summed = criterion.options["reduction"] == "sum"
+    if summed and criterion.needs_features and parallel.size() > 1:
+        raise CommandError(
+            "--loss-option: reduction=sum and a feature term, which is a mean, cannot be added up"
+            " over processes; leave one of them out"
+        )
     return criterion
 
 
@@ -143,16 +156,23 @@ class Run:
     """Network, loss, optimiser, meters and position; the seed decides all that is random."""
 
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
+        from msdkern.models import multiply_adds
+
         self.config, self.dataset = config, dataset
         self.device = pick_device(config.device)
         model = build_model(config, len(dataset.classes), dataset.input_shape[0])
         self.model = place(model, self.device, config)
         self.criterion = build_criterion(config, self.model.exits).to(self.device)
+        # Counted before weights are sharded: `evaluate` could not any more.
+        several = parallel.size() > 1
+        self.madds = multiply_adds(self.model, dataset.input_shape) if several else None
+        network = parallel.data_parallel(self.model, config.parallel)
         self.optimizer = build_optimizer(config, [self.model, self.criterion])
         self.batches = TrainBatches(config, dataset, self.device)
         self.total_steps = config.epochs * self.batches.steps
         # Compiled, the network keeps one set of weights: evaluation uses the plain module.
-        self.network = torch.compile(self.model) if config.compile else self.model
+        self.parallel = network
+        self.network = torch.compile(network) if config.compile else network
         self.sums = self.criterion.options["reduction"] == "sum"
         self.epoch, self.batch, self.step = 0, 0, 0
         self.interval_meter = Meter(self.model.exits, self.device)
@@ -184,16 +204,21 @@ class Run:
         return self.criterion(logits, labels, features, **divisor), logits
 
     def state(self, log_size: int) -> dict[str, Any]:
-        """What a checkpoint holds. Schedule, order and augmentation follow from the position."""
+        """What a checkpoint holds. Schedule, order and augmentation follow from the position.
+
+        Weights and sums are those of the whole run, so that any number of processes can go on.
+        """
+        parallel.average_buffers(self.model)
+        meters = (self.interval_meter, self.epoch_meter)
         return {
             "config": self.config.to_dict(),
-            "model": self.model.state_dict(),
+            "model": parallel.whole(self.model.state_dict()),
             "criterion": self.criterion.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
-            "meters": [self.interval_meter.sums, self.epoch_meter.sums],
+            "meters": [parallel.sum_over(meter.sums) for meter in meters],
             "seconds": self.seconds,
             "log_size": log_size,
             "random": checkpoint.random_state(),
@@ -210,15 +235,17 @@ class Run:
                 f" with (fingerprint {self.dataset.fingerprint[:12]}, then"
                 f" {state['fingerprint'][:12]})"
             )
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(parallel.shards(state["model"], self.model.state_dict()))
         self.criterion.load_state_dict(state["criterion"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(
+            parallel.optimizer_shards(state["optimizer"], self.optimizer)
+        )
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.seconds = state["seconds"]
         for meter, sums in zip(
             (self.interval_meter, self.epoch_meter), state["meters"], strict=True
         ):
-            meter.sums.copy_(sums)
+            meter.sums.copy_(sums / parallel.size())
         checkpoint.set_random_state(state["random"])
 
 
