@@ -198,7 +198,11 @@ class MultiExitLoss(nn.Module):
 
         Raises:
             ValueError: if features or teachers are missing; and as `multi_exit_loss`.
+            TypeError: for what a model returns as a mapping; and as `multi_exit_loss`.
         """
+        if isinstance(logits, Mapping):
+            rule = f"{type(self).__name__}: logits must be a sequence of tensors"
+            raise TypeError(f"{rule}; got a mapping with {', '.join(map(str, logits))}")
         logits, teachers = self._with_teachers(logits, teacher_logits)
         z = logits[-1]
         out = ops.multi_exit_loss(

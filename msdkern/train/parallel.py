@@ -48,7 +48,12 @@ def process_group(device: str) -> Iterator[None]:
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
         torch.cuda.set_device(local_device())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    store, number, count = next(dist.rendezvous("env://"))
+    # torchrun keeps one store over restarts: the addresses of processes that died are still in it.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=number, world_size=count
+    )
     try:
         yield
     finally:

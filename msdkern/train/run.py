@@ -158,6 +158,10 @@ class Run:
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         from msdkern.models import multiply_adds
 
+        if config.compile and config.parallel == "fsdp" and parallel.size() > 1:
+            raise CommandError(
+                "--compile: cannot compile a network whose weights are sharded; use --parallel ddp"
+            )
         self.config, self.dataset = config, dataset
         self.device = pick_device(config.device)
         model = build_model(config, len(dataset.classes), dataset.input_shape[0])

@@ -259,3 +259,8 @@ def test_adaptive_temperature_compiles(batch):
 def test_errors_name_the_rule_and_the_value(make, words):
     with pytest.raises(ValueError, match=words):
         make(msdkern.nn)
+
+
+def test_what_a_model_returns_as_a_dict_is_named():
+    with pytest.raises(TypeError, match=r"MSDLoss: logits must be a sequence .* with logits, past"):
+        msdkern.nn.MSDLoss()({"logits": torch.zeros(2, 3), "past": None}, None)

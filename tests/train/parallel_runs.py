@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains one run after the other in the processes of one torchrun; no test by itself.
 
-``parallel_runs.py FILE``: a JSON list of ``{"arguments": [...], "stop": STEP or null}``. Batch
+``parallel_runs.py FILE``: a JSON list of ``{"arguments": [...], "stop": STEP or null,
+"kill": STEP or null}``. Batch
 normalisation, which depends on how the rows are spread over processes, becomes group
 normalisation, and seven rows in ten are ignored.
 """
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -40,13 +42,21 @@ def mostly_ignored(config: TrainConfig) -> data.Dataset:
     return dataclasses.replace(dataset, train=data.Rows(rows.images, labels))
 
 
-def stopping_at(step: int | None):
+def stopping_at(step: int | None, kill: int | None):
+    """Both processes stop at a step, or the second one is killed, unless it was before."""
+
     def finite(run):
+        if run.step == kill and parallel.rank() == 1 and not restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
         if run.step == step:
             raise parallel.agreed("stopped")
         return original["finite"](run)
 
     return finite
+
+
+def restarted() -> bool:
+    return os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
 
 
 @contextlib.contextmanager
@@ -62,7 +72,7 @@ def patched():
 def run_all(runs: list[dict]) -> None:
     with patched(), parallel.process_group("cpu"):
         for run in runs:
-            loop.finite = stopping_at(run["stop"])
+            loop.finite = stopping_at(run["stop"], run.get("kill"))
             status = main(["train", *run["arguments"]])
             if status != (0 if run["stop"] is None else 1):
                 sys.exit(f"process {os.environ.get('RANK')}: {run}: ended with {status}")

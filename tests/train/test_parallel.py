@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes make the steps that one makes with the same batches.
 
-Stated tolerance, over 24 steps in float32: losses to 1e-4 of their value, weights to 1e-3 of
+Stated tolerance, over 24 steps in float32: losses to 1e-5 of their value, weights to 1e-4 of
 their tensor's largest. Sums are rounded in another order, and training amplifies that.
 """
 
@@ -37,6 +37,9 @@ CASES = {
     "zero weight": {"loss": "ce", "batch_size": 16, "loss_option": ("exit_weight=[0,1,1]",)},
     "uneven": {**MSD, "batch_size": 15},
 }
+# What the way of sharing could change is tried in both, the arithmetic around it in one.
+MODES = dict.fromkeys(("mean", "normalizer", "zero weight"), ("ddp", "fsdp"))
+RUNS = [(name, mode) for name in CASES for mode in MODES.get(name, ("ddp",))]
 
 
 def torchrun(*words, environment, processes=2, options=()):
@@ -86,7 +89,9 @@ def finished(make, tmp_path_factory):
     for name, changes in CASES.items():
         single.append((make(f"{name} one", **changes), None, ()))
         double += [
-            (make(f"{name} {mode}", parallel=mode, **changes), None, ()) for mode in ("ddp", "fsdp")
+            (make(f"{name} {mode}", parallel=mode, **changes), None, ())
+            for case, mode in RUNS
+            if case == name
         ]
     # Stopped under DDP, continued with shards, stopped again, finished by one process.
     broken = make("broken", checkpoint_every=1, **CASES["mean"])
@@ -112,11 +117,11 @@ def losses(folder):
 
 
 def assert_same(folder, truth):
-    torch.testing.assert_close(losses(folder), losses(truth), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses(folder), losses(truth), rtol=1e-5, atol=1e-6)
     got, expected = (checkpoint.load(f / "last.pt") for f in (folder, truth))
     assert got["model"].keys() == expected["model"].keys()
     for name, weight in expected["model"].items():
-        bound = 1e-3 * float(weight.abs().max())
+        bound = 1e-4 * float(weight.abs().max())
         torch.testing.assert_close(got["model"][name], weight, rtol=0, atol=bound)
     assert got["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
     left, right = (json.loads((f / "result.json").read_text()) for f in (folder, truth))
@@ -124,14 +129,25 @@ def assert_same(folder, truth):
         assert row == pytest.approx(other, rel=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode"), RUNS)
 def test_two_processes_repeat_one(finished, case, mode):
     assert_same(finished(f"{case} {mode}"), finished(f"{case} one"))
 
 
 def test_stopped_and_continued_by_other_processes(finished):
     assert_same(finished("broken"), finished("mean one"))
+
+
+def test_killed_process_restarts_the_group(finished, make, environment, tmp_path):
+    """torchrun starts both anew, and they go on from the last checkpoint."""
+    config = make("killed", checkpoint_every=4, **CASES["mean"])
+    path = tmp_path / "runs.json"
+    words = arguments_of(config, "--resume")
+    path.write_text(json.dumps([{"arguments": words, "stop": None, "kill": 11}]))
+    done = torchrun(DRIVER, path, environment=environment, options=["--max-restarts=1"])
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    assert_same(Path(config.out), finished("mean one"))
 
 
 def test_ignored_rows_are_unevenly_spread(make):
@@ -168,6 +184,9 @@ def test_command_line(make, environment, mode):
         assert row == pytest.approx(other, rel=1e-5)
     assert report["exits"][-1]["accuracy"] > 0.5  # chance is 0.25
     # A mistake is one sentence, of one process.
-    done = torchrun(*words, environment=environment)
+    mistakes = {"ddp": ([], "holds a finished run"), "fsdp": (["--compile"], "--compile: cannot")}
+    options, sentence = mistakes[mode]
+    folder = ["--out", f"{config.out} again"] if options else []
+    done = torchrun(*words, *options, *folder, environment=environment)
     assert done.returncode != 0
-    assert done.stderr.count("holds a finished run") == 1
+    assert done.stderr.count(sentence) == 1
