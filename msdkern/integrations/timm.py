@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from timm.task import ClassificationEvaluator, ClassificationTask
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ class MultiExitTask(ClassificationTask):
         super().__init__(model, criterion, **options)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logits, features = answers(self.trainable_module, self.criterion, input)
-        loss = self.criterion(logits, target, features)
-        return {"loss": loss, "output": logits[-1], **exit_terms(self.criterion)}
+        criterion = cast(MultiExitLoss, self.criterion)
+        logits, features = answers(self.trainable_module, criterion, input)
+        loss = criterion(logits, target, features)
+        return {"loss": loss, "output": logits[-1], **exit_terms(criterion)}
 
     def create_evaluator(self, **options: Any) -> ClassificationEvaluator:
         """timm's own, which judges the deepest exit."""
