@@ -67,7 +67,7 @@ def maximize_accuracy(
         rule = f"budget cannot be met: every row costs at least {float(price[0]):g}"
         checks.fail(op, rule, budget)
     search = _Search(-score if lowest else score, correct, price)
-    starts = search.climb(_geometric(search.score), budget=None, price=None)
+    starts = _geometric(search.score)
     lambdas = _prices(price).to(score.device)
     start = torch.full((len(lambdas), len(price)), DISABLED, dtype=score.dtype, device=score.device)
     priced = search.climb(start, budget=None, price=lambdas)
@@ -122,10 +122,8 @@ class _Search:
         )
 
     def climb(self, thresholds: Tensor, budget: float | None, price: Tensor | None) -> Tensor:
-        """Improves every setting, exit by exit, until none changes. With neither a budget nor
-        prices the settings stay as they are."""
-        if budget is None and price is None:
-            return thresholds
+        """Improves every setting, exit by exit, until none changes: inside a budget, or at the
+        price [B] of each."""
         thresholds = thresholds.clone()
         for _ in range(SWEEPS):
             before = thresholds.clone()
