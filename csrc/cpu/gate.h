@@ -41,7 +41,8 @@ static void statistics_row(const msdkern_statistics &call, int k, int64_t n) {
     const Real sum_e = sum<Real>(total), inverse = 1 / sum_e;
     Real log_sum = sum_e;
     logarithms(&log_sum, 1);
-    const int64_t argmax = row_argmax(row, call.classes, m, sum_e != sum_e);
+    int64_t argmax = row_argmax(row, call.classes, m);
+    if (sum_e != sum_e) argmax = first_nan(row, call.classes, argmax);
     Real margin = inverse;
     if (call.classes > 1) {
         const Real gap = row_runner_up<S, Real>(row, call.classes, argmax) - m;
@@ -181,7 +182,7 @@ INLINE Reading<Real> read_long_row(const S *row, int64_t classes, Real inverse_t
             sums.nan = part.nan == part.nan ? sums.nan : part.nan;
         }
     }
-    const int64_t at = where + row_argmax(row + where, least(kPiece, classes - where), top, false);
+    const int64_t at = where + row_argmax(row + where, least(kPiece, classes - where), top);
     return {top, runner_up, sum<Real>(sums.total + sums.nan), sum<Real>(sums.weighted), at};
 }
 
@@ -191,9 +192,8 @@ INLINE Reading<Real> read_row(const S *row, int64_t classes, Real inverse_t) {
     Reading<Real> found = classes <= kShort ? read_short_row<kNeeds>(row, classes, inverse_t)
                                             : read_long_row<kNeeds>(row, classes, inverse_t);
     if (found.sum != found.sum) {
-        const int64_t at = first_nan(row, classes);
-        const Real z = load_partial(row + at, 1, Real(0))[0];
-        if (z != z) found.prediction = at, found.top = z;
+        const int64_t at = first_nan(row, classes, -1);
+        if (at >= 0) found.prediction = at, found.top = found.sum;
         return found;
     }
     if (found.top != -__builtin_inf()) return found;

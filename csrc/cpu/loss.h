@@ -295,9 +295,9 @@ struct Loss {
         for (int k = 0; k < exits; ++k) {
             const Real confidence = g.inverse_one[g.at(index, k)];
             real(call.confidence)[k * call.rows + n] = confidence;
-            call.prediction[k * call.rows + n] = confidence == confidence
-                                                     ? g.argmax[g.at(index, k)]
-                                                     : first_nan(row_of(k, n), classes);
+            const int64_t argmax = g.argmax[g.at(index, k)];
+            call.prediction[k * call.rows + n] =
+                confidence == confidence ? argmax : first_nan(row_of(k, n), classes, argmax);
         }
     }
     void leave_out(int64_t n) const {

@@ -130,24 +130,20 @@ INLINE int64_t first_class(const S *row, int64_t classes, Test test) {
     return classes;
 }
 
-// torch.argmax answers with the first NaN where there is one; 0 where there is none.
+// torch.argmax answers with the first NaN where there is one. A row whose sums are NaN need not
+// hold any: an infinite logit makes them so.
 template <class S>
-static int64_t first_nan(const S *row, int64_t classes) {
+static int64_t first_nan(const S *row, int64_t classes, int64_t otherwise) {
     typedef VecOf<typename Kind<S>::Real> V;
     const int64_t c =
         first_class(row, classes, [](V z) __attribute__((always_inline)) { return z != z; });
-    return c < classes ? c : 0;
+    return c < classes ? c : otherwise;
 }
 
-// The lowest index of the maximum m, or of the first NaN where there is one.
+// The lowest index of the maximum m.
 template <class S, class Real>
-static int64_t row_argmax(const S *row, int64_t classes, Real m, bool may_have_nan) {
+static int64_t row_argmax(const S *row, int64_t classes, Real m) {
     typedef VecOf<Real> V;
-    if (may_have_nan) {
-        const int64_t c =
-            first_class(row, classes, [](V z) __attribute__((always_inline)) { return z != z; });
-        if (c < classes) return c;
-    }
     const int64_t c =
         first_class(row, classes, [m](V z) __attribute__((always_inline)) { return z == m; });
     return c < classes ? c : 0;  // -inf in every class: padding may answer first

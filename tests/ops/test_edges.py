@@ -124,3 +124,18 @@ def test_log_sums_of_infinite_rows(server):
     with serve(server):
         lse = msdkern.exit_statistics([rows]).lse[0]
     torch.testing.assert_close(lse, torch.logsumexp(rows, -1), equal_nan=True)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("classes", [5, 100, 600])
+def test_predictions_of_rows_whose_softmax_is_not_finite(classes, server):
+    """As torch.argmax: an infinite logit, the first NaN, nothing but -inf."""
+    z = torch.zeros(4, classes)
+    z[0, 3] = torch.inf
+    z[1, 1], z[1, 2], z[1, 4] = torch.inf, torch.nan, torch.nan
+    z[2] = -torch.inf
+    with serve(server):
+        out = msdkern.multi_exit_loss([z, z.flip(0)], torch.zeros(4, dtype=torch.int64))
+        statistics = msdkern.exit_statistics([z])
+    assert out.prediction.tolist() == [z.argmax(1).tolist(), z.flip(0).argmax(1).tolist()]
+    assert statistics.prediction[0].tolist() == z.argmax(1).tolist()
