@@ -110,7 +110,7 @@ def call(name: str, *arguments: Any) -> Any:
     """The registered op msdkern::name; arguments in the order of its schema, tensors first.
 
     Where nothing observes the call and all tensors are ordinary ones, the dispatcher would do no
-    more than call the executor, for a third of what a small batch costs; then it is left out.
+    more than call the executor, for about a tenth of what a small batch costs; it is left out.
     """
     if (
         not torch.compiler.is_compiling()
