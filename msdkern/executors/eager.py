@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from msdkern import reference
+from msdkern.executors.arguments import LossArguments
 
 
 def reason() -> str | None:
@@ -46,45 +47,30 @@ def _check_labels(op: str, target: Tensor | None, classes: int, skip: int) -> No
 
 
 class _Rows:
-    """One call's arguments in the order of the schema, and the per-row terms of (3)."""
+    """The per-row terms of (3) of one call."""
 
     def __init__(
         self,
         op: str,
         logits: Sequence[Tensor],
-        teacher_logits: Sequence[Tensor],
-        target: Tensor | None,
-        exit_weight: Tensor | None,
-        pairs: str,
-        pair_weight: Tensor | None,
-        pair_scale: Tensor,
-        temperature: Tensor,
-        temperature_squared: bool,
-        divergence: str,
-        beta: float,
-        detach_teacher: bool,
-        class_weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
+        given: LossArguments,
     ) -> None:
         self.logits = z = _unstack(logits)
         self.stacked = logits[0].dim() == 3
-        self.teachers, self.target = teacher_logits, target
-        self.class_weight, self.ignore_index = class_weight, ignore_index
-        self.label_smoothing = label_smoothing
+        self.given, self.teachers, self.target = given, given.teacher_logits, given.target
         rows, classes = z[0].shape
-        _check_positive(op, "temperature", temperature)
-        _check_labels(op, target, classes, ignore_index)
+        _check_positive(op, "temperature", given.temperature)
+        _check_labels(op, given.target, classes, given.ignore_index)
         like = torch.empty((), dtype=reference.accumulation_dtype(z[0].dtype), device=z[0].device)
-        self.temperature = temperature.to(like)
-        self.scale = pair_scale.to(like)
-        if temperature_squared:
+        self.temperature = given.temperature.to(like)
+        self.scale = given.pair_scale.to(like)
+        if given.temperature_squared:
             self.scale = self.scale * self.temperature.square()
-        self.divergence = (divergence, beta, detach_teacher)
-        self.exit_weight = like.new_ones(1, 1) if exit_weight is None else exit_weight
-        self.exit_weight = self.exit_weight.reshape(self.exit_weight.shape[0], -1)
-        self.weight = self._weights(pairs, pair_weight, like)
-        self.valid = reference.valid_rows(target, rows, ignore_index, like)
+        self.divergence = (given.divergence, given.beta, given.detach_teacher)
+        weight = like.new_ones(1, 1) if given.exit_weight is None else given.exit_weight
+        self.exit_weight = weight.reshape(weight.shape[0], -1)
+        self.weight = self._weights(given.pairs, given.pair_weight, like)
+        self.valid = reference.valid_rows(given.target, rows, given.ignore_index, like)
 
     def _weights(self, pairs: str, pair_weight: Tensor | None, like: Tensor) -> Tensor:
         """W as [K, K + E, N] or [K, K + E, 1]; `wanted` tells which pairs count at all."""
@@ -101,7 +87,8 @@ class _Rows:
         """CE_k[n], 0 on ignored rows: [K, N]."""
         if self.target is None:
             return self.valid.new_zeros(len(self.logits), len(self.valid))
-        options = (self.class_weight, self.ignore_index, self.label_smoothing)
+        given = self.given
+        options = (given.class_weight, given.ignore_index, given.label_smoothing)
         return torch.stack([reference.cross_entropy(z, self.target, *options) for z in self.logits])
 
     def divergences(self, every_pair: bool = False) -> Tensor:
@@ -125,7 +112,7 @@ class _Rows:
             self.wanted,
         )  # fmt: skip
         if self.target is not None:
-            options = (self.class_weight, self.label_smoothing)
+            options = (self.given.class_weight, self.given.label_smoothing)
             of_ce = of_ce * self.exit_weight
             for k, z in enumerate(self.logits):
                 g = reference.cross_entropy_gradient(z, self.target, *options)
@@ -139,11 +126,11 @@ class _Rows:
 
 def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...]:
     *row_arguments, reduction, normalizer, pair_divergence, gradient = arguments
-    rows = _Rows("multi_exit_loss", logits, *row_arguments)
+    rows = _Rows("multi_exit_loss", logits, LossArguments(*row_arguments))
     ce, divergences = rows.cross_entropy(), rows.divergences(pair_divergence)
     weighted = rows.weighted(divergences)
     mean_ce, mean_rows = reference.mean_factors(
-        rows.target, rows.valid, rows.class_weight, rows.ignore_index
+        rows.target, rows.valid, rows.given.class_weight, rows.given.ignore_index
     )
     one = torch.ones_like(mean_ce)
     r_ce, r_rows = (mean_ce, mean_rows) if reduction == "mean" else (one, one)
@@ -164,15 +151,15 @@ def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...
 
 
 def multi_exit_row_losses(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
-    rows = _Rows("multi_exit_row_losses", logits, *arguments)
+    rows = _Rows("multi_exit_row_losses", logits, LossArguments(*arguments))
     return rows.exit_weight * rows.cross_entropy(), rows.weighted(rows.divergences())
 
 
 def multi_exit_row_losses_backward(
-    grad_cross_entropy: Tensor, grad_divergence: Tensor, *arguments: Any
+    grad_cross_entropy: Tensor, grad_divergence: Tensor, logits: Sequence[Tensor], *arguments: Any
 ) -> list[Tensor]:
     *row_arguments, gradient = arguments
-    rows = _Rows("multi_exit_row_losses", *row_arguments)
+    rows = _Rows("multi_exit_row_losses", logits, LossArguments(*row_arguments))
     return rows.gradients(grad_cross_entropy, grad_divergence, gradient)
 
 

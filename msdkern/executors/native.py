@@ -17,6 +17,14 @@ import torch
 from torch import Tensor
 
 from msdkern import reference
+from msdkern.executors.arguments import (
+    DIVERGENCE_CODES,
+    PAIR_CODES,
+    ROWS,
+    ROWS_BACKWARD,
+    SCALAR,
+    LossArguments,
+)
 from msdkern.executors.native_gate import compact_rows, exit_gate, gate_step, scatter_rows
 from msdkern.executors.tables import (
     ABI_VERSION,
@@ -30,10 +38,6 @@ from msdkern.executors.tables import (
 )
 
 __all__ = ["ABI_VERSION", "compact_rows", "exit_gate", "gate_step", "scatter_rows"]
-
-PAIR_CODES = {"none": 0, "mutual": 1, "last": 2, "deeper": 3, "next": 4, "dense": 5}
-DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "soft_ce": 3}
-SCALAR, ROWS, ROWS_BACKWARD = 0, 1, 2
 
 
 @functools.cache
@@ -94,41 +98,22 @@ class Machine:
         mean: bool,
         normalizer: Tensor | None,
         logits: Sequence[Tensor],
-        teacher_logits: Sequence[Tensor],
-        target: Tensor | None,
-        exit_weight: Tensor | None,
-        pairs: str,
-        pair_weight: Tensor | None,
-        pair_scale: Tensor,
-        temperature: Tensor,
-        temperature_squared: bool,
-        divergence: str,
-        beta: float,
-        detach_teacher: bool,
-        class_weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
+        given: LossArguments,
     ) -> list[Tensor]:
         """One call of the kernels; returns the gradients."""
         dtype = logits[0].dtype
         logits = [unit_columns(z) for z in logits]
         exits, rows, classes = reference.sizes(logits)
         addresses, strides = table(logits)
-        if teacher_logits:
-            teacher_logits = [unit_columns(t) for t in teacher_logits]
-            more = table(teacher_logits)
+        if given.teacher_logits:
+            more = table([unit_columns(t) for t in given.teacher_logits])
             addresses, strides = addresses + more[0], strides + more[1]
         gradients, gradient_addresses = gradient_table(logits, gradient)
-        label = probabilities = None
-        if target is not None:
-            if target.dtype == torch.int64:
-                label = target.contiguous()
-            else:
-                probabilities = real(target, reference.accumulation_dtype(dtype))
-        if divergence == "jsd" and beta in (0.0, 1.0):
-            divergence = "reverse_kl" if beta else "forward_kl"
-        t, t_there = self.number(temperature, dtype)
-        scale, scale_there = self.number(pair_scale, dtype)
+        label = given.label
+        probabilities = real(given.probabilities, reference.accumulation_dtype(dtype))
+        exit_rows, pair_rows = given.by_row
+        t, t_there = self.number(given.temperature, dtype)
+        scale, scale_there = self.number(given.pair_scale, dtype)
         divisor, divisor_there = 0.0, None  # none given
         if normalizer is not None:
             divisor, divisor_there = self.number(normalizer, dtype)
@@ -139,7 +124,7 @@ class Machine:
         status, bad_label = self.kernels().loss(
             form,
             DTYPE_CODES[dtype],
-            self.place(logits[0], exits, len(teacher_logits), there),
+            self.place(logits[0], exits, len(given.teacher_logits), there),
             exits,
             rows,
             classes,
@@ -148,36 +133,35 @@ class Machine:
             gradient_addresses,
             address(label),
             address(probabilities),
-            address(exit_weight),
-            exit_weight is not None and exit_weight.dim() == 2,
-            PAIR_CODES[pairs],
-            address(pair_weight),
-            pair_weight is not None and pair_weight.dim() == 3,
+            address(given.exit_weight),
+            exit_rows,
+            PAIR_CODES[given.pairs],
+            address(given.pair_weight),
+            pair_rows,
             scale,
             t,
-            temperature_squared,
-            DIVERGENCE_CODES[divergence],
-            beta,
-            detach_teacher,
-            address(class_weight),
-            ignore_index,
-            label_smoothing,
+            given.temperature_squared,
+            DIVERGENCE_CODES[given.formula],
+            given.beta,
+            given.detach_teacher,
+            address(given.class_weight),
+            given.ignore_index,
+            given.label_smoothing,
             mean,
             divisor,
             [address(o) for o in outputs],
         )
         if status:
             self.fail(op, status)
-            _fail(op, status, bad_label, classes, ignore_index, t)
+            _fail(op, status, bad_label, classes, given.ignore_index, t)
         return gradients
 
-    def multi_exit_loss(
-        self, logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], *arguments: Any
-    ) -> tuple[Any, ...]:
+    def multi_exit_loss(self, logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...]:
         *row_arguments, reduction, normalizer, pair_divergence, gradient = arguments
+        given = LossArguments(*row_arguments)
         exits, rows, _ = reference.sizes(logits)
         dtype, device = reference.accumulation_dtype(logits[0].dtype), self.device(logits[0])
-        matrix = (exits, exits + len(teacher_logits)) if pair_divergence else (0,)
+        matrix = (exits, exits + len(given.teacher_logits)) if pair_divergence else (0,)
         outputs = (
             torch.empty((), dtype=dtype, device=device),
             torch.empty(exits, dtype=dtype, device=device),
@@ -189,7 +173,7 @@ class Machine:
         wanted = outputs if pair_divergence else (*outputs[:3], None, *outputs[4:])
         gradients = self._call_loss(
             "multi_exit_loss", SCALAR, wanted, gradient, reduction == "mean", normalizer,
-            logits, teacher_logits, *row_arguments,
+            logits, given,
         )  # fmt: skip
         return (*outputs, gradients)
 
@@ -200,7 +184,8 @@ class Machine:
         shape = reference.sizes(logits)[:2]
         outputs = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         op = "multi_exit_row_losses"
-        self._call_loss(op, ROWS, outputs, (), False, None, logits, *arguments)
+        given = LossArguments(*arguments)
+        self._call_loss(op, ROWS, outputs, (), False, None, logits, given)
         return outputs
 
     def multi_exit_row_losses_backward(
@@ -215,7 +200,7 @@ class Machine:
         upstream = [real(g, dtype) for g in (grad_cross_entropy, grad_divergence)]
         return self._call_loss(
             "multi_exit_row_losses", ROWS_BACKWARD, upstream, gradient, False, None, logits,
-            *row_arguments,
+            LossArguments(*row_arguments),
         )  # fmt: skip
 
     # Softmax, statistics, scaling

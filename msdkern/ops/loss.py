@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msdkern import autograd, executors, reference
+from msdkern.executors.arguments import LossArguments
 from msdkern.ops import checks, library
 
 LossInput = Tensor | Sequence[Tensor]
@@ -106,19 +107,19 @@ def multi_exit_loss(
     1911.09418); msdkern.nn.describe() lists the methods that are settings of it.
     """
     op = "multi_exit_loss"
-    arguments = _arguments(
+    z, arguments = _arguments(
         op, logits, target, exit_weight, pair_weight, pair_scale, teacher_logits, temperature,
         temperature_squared, divergence, beta, detach_teacher, class_weight, ignore_index,
         label_smoothing,
     )  # fmt: skip
     checks.choice(op, "reduction", reduction, ("mean", "sum"))
-    first = arguments[0][0]
+    first = z[0]
     if normalizer is not None:
         checks.count(op, "normalizer", normalizer)
         normalizer = checks.scalar(op, "normalizer", normalizer, first)
     executor = executors.select(op, first.device.type)
     result = autograd.multi_exit_loss(
-        *arguments, reduction, normalizer, bool(pair_divergence), executor
+        z, *arguments, reduction, normalizer, bool(pair_divergence), executor
     )
     loss, cross_entropy, divergences, pairs, prediction, confidence = result
     return MultiExitLoss(
@@ -159,13 +160,13 @@ def multi_exit_row_losses(
     ``pair_divergence``.
     """
     op = "multi_exit_row_losses"
-    arguments = _arguments(
+    z, arguments = _arguments(
         op, logits, target, exit_weight, pair_weight, pair_scale, teacher_logits, temperature,
         temperature_squared, divergence, beta, detach_teacher, class_weight, ignore_index,
         label_smoothing,
     )  # fmt: skip
-    executor = executors.select(op, arguments[0][0].device.type)
-    return RowLosses(*autograd.multi_exit_row_losses(*arguments, executor))
+    executor = executors.select(op, z[0].device.type)
+    return RowLosses(*autograd.multi_exit_row_losses(z, *arguments, executor))
 
 
 # Checks ---------------------------------------------------------------------------------------
@@ -187,8 +188,8 @@ def _arguments(
     class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[Any, ...]:
-    """Every argument checked and in the order of the schema."""
+) -> tuple[list[Tensor], LossArguments]:
+    """The logits and every other argument, checked."""
     z = checks.exits(op, logits)
     exits, rows, classes = checks.rows_and_classes(op, z)
     first = z[0]
@@ -205,8 +206,7 @@ def _arguments(
     checks.share(op, "label_smoothing", label_smoothing)
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         checks.fail(op, "ignore_index must be an integer", ignore_index, TypeError)
-    return (
-        z,
+    return z, LossArguments(
         teachers,
         target,
         exit_weight,

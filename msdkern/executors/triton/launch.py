@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 from msdkern import reference
+from msdkern.executors.arguments import (
+    DIVERGENCE_CODES,
+    PAIR_CODES,
+    ROWS,
+    ROWS_BACKWARD,
+    SCALAR,
+    LossArguments,
+)
 
 from . import table
 from .cross_entropy import count_kernel
@@ -29,9 +37,6 @@ from .tensors import (
     tickets,
 )
 
-PAIR_CODES = {"none": 0, "mutual": 1, "last": 2, "deeper": 3, "next": 4, "dense": 5}
-DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "soft_ce": 3}
-SCALAR, ROWS, ROWS_BACKWARD = 0, 1, 2
 COUNT_LATER, COUNT_HERE, COUNTED = 0, 1, 2
 
 LABELS_EACH = 8192  # up to so many, every program counts the batch's labels for itself
@@ -49,43 +54,20 @@ def _groups(programs: int) -> int:
     return -(-programs // int(GROUP))
 
 
-class Arguments(NamedTuple):
-    """What every form of the loss takes after the logits, in the order of the schema."""
-
-    teacher_logits: Sequence[Tensor]
-    target: Tensor | None
-    exit_weight: Tensor | None
-    pairs: str
-    pair_weight: Tensor | None
-    pair_scale: Tensor
-    temperature: Tensor
-    temperature_squared: bool
-    divergence: str
-    beta: float
-    detach_teacher: bool
-    class_weight: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-
-
 class _Loss:
     """One call of the loss kernel."""
 
-    def __init__(self, op: str, form: int, logits: Sequence[Tensor], given: Arguments) -> None:
+    def __init__(self, op: str, form: int, logits: Sequence[Tensor], given: LossArguments) -> None:
         self.given, self.form = given, form
         self.logits, first = logits, logits[0]
         self.exits, self.rows, self.classes = reference.sizes(logits)
         self.real, self.like = real_of(first), first
         check_positive(op, "temperature", given.temperature)
-        index = given.target is not None and not given.target.is_floating_point()
-        self.label = given.target.contiguous() if given.target is not None and index else None
-        self.probability = None if index or given.target is None else given.target
+        self.label, self.probability = given.label, given.probabilities
         if self.probability is not None and self.probability.stride(-1) != 1:
             self.probability = self.probability.contiguous()
         check_labels(op, self.label, self.classes, given.ignore_index)
-        self.divergence = given.divergence
-        if given.divergence == "jsd" and given.beta in (0.0, 1.0):
-            self.divergence = "reverse_kl" if given.beta else "forward_kl"
+        self.divergence = given.formula
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.real, device=self.like.device)
@@ -166,8 +148,7 @@ class _Loss:
                 SQUARED=given.temperature_squared, MEAN=mean, NORMALIZED=normalizer is not None,
                 COUNTING=counting, GRADIENT=wants_gradient, MATRIX=matrix, TARGET=target,
                 SMOOTH=given.label_smoothing != 0,
-                EXIT_ROWS=given.exit_weight is not None and given.exit_weight.dim() == 2,
-                PAIR_ROWS=given.pair_weight is not None and given.pair_weight.dim() == 3,
+                EXIT_ROWS=given.by_row[0], PAIR_ROWS=given.by_row[1],
                 RESIDENT=plan.resident, STEP=z[0].step, K=self.exits, COUNT=count,
                 WIDTH=table.power_of_two(self.exits), ROWS=plan.rows, BLOCK=plan.block,
                 REAL=REAL[self.real], num_warps=plan.warps, **EXACT,
@@ -190,7 +171,7 @@ class _Loss:
 
 def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...]:
     *given, reduction, normalizer, matrix, gradient = arguments
-    call = _Loss("multi_exit_loss", SCALAR, logits, Arguments(*given))
+    call = _Loss("multi_exit_loss", SCALAR, logits, LossArguments(*given))
     if normalizer is not None:
         check_count("multi_exit_loss", "normalizer", normalizer)
     exits, rows = call.exits, call.rows
@@ -210,7 +191,7 @@ def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...
 
 
 def multi_exit_row_losses(logits: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
-    call = _Loss("multi_exit_row_losses", ROWS, logits, Arguments(*arguments))
+    call = _Loss("multi_exit_row_losses", ROWS, logits, LossArguments(*arguments))
     outputs = (call.new(call.exits, call.rows), call.new(call.exits, call.rows))
     call.run((None,) * call.exits, (None, *outputs, None, None, None))
     return outputs
@@ -220,7 +201,7 @@ def multi_exit_row_losses_backward(
     grad_cross_entropy: Tensor, grad_divergence: Tensor, logits: Sequence[Tensor], *arguments: Any
 ) -> list[Tensor]:
     *given, gradient = arguments
-    call = _Loss("multi_exit_row_losses", ROWS_BACKWARD, logits, Arguments(*given))
+    call = _Loss("multi_exit_row_losses", ROWS_BACKWARD, logits, LossArguments(*given))
     upstream = [g.to(call.real).contiguous() for g in (grad_cross_entropy, grad_divergence)]
     gradients, each = call.gradients(gradient)
     call.run(each, (None,) * 6, upstream)
