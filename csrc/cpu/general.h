@@ -168,7 +168,7 @@ static void general_gradients(Sweep<Real> &s, int64_t classes) {
             if (!s.out[i]) continue;
             const V q = probability<Real, V>(s, i, c);
             V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
-            g += load(s.one[i] + c) * s.p_scale[i];
+            g += at_one<Real, V>(s, i, c) * s.p_scale[i];
             if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
             store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }

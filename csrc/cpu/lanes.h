@@ -7,6 +7,7 @@
 
 #include "general.h"
 #include "group.h"
+#include "targets.h"
 
 namespace MSDKERN_NAMESPACE {
 
@@ -26,10 +27,11 @@ class Lanes {
     Sweep<Real, V> s;
 
     // Classes of row r, a vector of samples each: x and, in its place, the gradient; e; e at 1.
-    static int64_t row_size(const L &l) { return l.arrays() * l.classes * W; }
+    static int64_t array_size(const L &l) { return apart<Real>(l.classes * W); }
+    static int64_t row_size(const L &l) { return l.arrays() * array_size(l); }
     Real *x_of(int r) const { return kept + r * row_size(loss); }
-    Real *e_of(int r) const { return x_of(r) + loss.classes * W; }
-    Real *one_of(int r) const { return e_of(r) + (loss.arrays() - 2) * loss.classes * W; }
+    Real *e_of(int r) const { return x_of(r) + array_size(loss); }
+    Real *one_of(int r) const { return e_of(r) + (loss.arrays() - 2) * array_size(loss); }
 
  public:
     // Scratch memory: what a group's rows take, and their scalars.
@@ -38,7 +40,7 @@ class Lanes {
     }
     // Where it is the faster way, as measured.
     static bool fit(int64_t rows, int64_t classes) {
-        return classes <= 64 && rows * classes * W * int64_t(sizeof(Real)) * 3 <= (256 << 10);
+        return classes <= 8 * W && rows * classes * W * int64_t(sizeof(Real)) <= (96 << 10);
     }
 
     Lanes(const L &l, void *memory, Real *weight)
@@ -49,6 +51,7 @@ class Lanes {
         s.exits = loss.exits;
         s.rows = loss.rows;
         s.pairs = call.pairs;
+        s.power = loss.power;
         s.weight = weight;
         s.matrix = nullptr;
         s.mass = nullptr;
@@ -57,12 +60,13 @@ class Lanes {
         s.inverse_t = vectors(g.inverse_t);
         s.gap = vectors(g.gap);
         s.slack = vectors(g.slack);
+        for (int k = 0; k < loss.exits; ++k) sums[k] = Sums();
         pair_weights(call, s, weight);
         if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, weight, 0);
     }
 
     // Samples first to last, W of them at most. Those that must go row by row are left: a bit each.
-    unsigned group(int64_t first, int64_t last, typename L::Partials *partial) {
+    unsigned group(int64_t first, int64_t last) {
         const int count = int(last - first);
         for (int r = 0; r < loss.rows; ++r) {
             read(r, first, count);
@@ -70,34 +74,70 @@ class Lanes {
         }
         if (loss.divergent) normalize_at_t(g, W, loss.rows, loss.exits);
         normalize_at_one(g, W * loss.rows);
-        Real ce[MSDKERN_MAX_EXITS][W];
+        V ce[MSDKERN_MAX_EXITS];
         scales(first, count, ce);
         sweep();
         if (loss.divergent) correct_values(s, call.divergence);
-        const unsigned left = record(first, count, ce, partial);
+        const unsigned left = record(first, count, ce);
         if (loss.gradient) write_gradients(first, count);
-        for (int64_t n = first; n < last; ++n)
-            if (ignored(n)) loss.leave_out(n);
+        if (call.label)
+            for (int64_t n = first; n < last; ++n)
+                if (loss.targets.ignored(n)) loss.leave_out(n);
         return left;
+    }
+    // The sums over all groups so far.
+    void add_to(Partial &partial) const {
+        for (int k = 0; k < loss.exits; ++k) {
+            partial.cross_entropy[k] += sum_of(sums[k].cross_entropy);
+            partial.weighted_ce[k] += sum_of(sums[k].weighted_ce);
+            partial.divergence[k] += sum_of(sums[k].divergence);
+        }
     }
 
  private:
+    // In double, a sum per lane.
+    typedef typename Vector<Real>::Wide Wide;
+    struct Sums {
+        Wide cross_entropy, weighted_ce, divergence;
+    };
+    Sums sums[MSDKERN_MAX_EXITS];
+    V valid;  // 1 where there is a sample and it counts, 0 elsewhere
+
     static const V *vectors(const Real *p) { return reinterpret_cast<const V *>(p); }
-    bool ignored(int64_t n) const { return loss.targets.ignored(n); }
+    static Wide wide(V v) { return __builtin_convertvector(v, Wide); }
+    static double sum_of(const Wide &v) {
+        double total = 0;
+        for (int lane = 0; lane < W; ++lane) total += v[lane];
+        return total;
+    }
+    // The numbers of exit k for samples first to first + count, from an array [exits][rows].
+    V per_row(const void *array, int k, int64_t first, int count) const {
+        const Real *const at = static_cast<const Real *>(array) + k * call.rows + first;
+        return count == W ? load(at) : load_partial(at, count, Real(0));
+    }
+    void put_rows(void *array, int k, int64_t first, int count, V v) const {
+        Real *const at = static_cast<Real *>(array) + k * call.rows + first;
+        count == W ? store(at, v) : store_partial(at, count, v);
+    }
 
     // Row r of every sample; lanes without one repeat the last.
     void read(int r, int64_t first, int count) const {
         Real *const to = x_of(r);
-        for (int64_t c = 0; c < loss.classes; c += W) {
-            const int n = int(least<int64_t>(W, loss.classes - c));
-            V v[W];
-            for (int lane = 0; lane < W; ++lane) {
-                const S *from = loss.row_of(r, first + least(lane, count - 1)) + c;
-                v[lane] = n == W ? load(from) : load_partial(from, n, Real(0));
-            }
-            transpose<Real>(v);
-            UNROLL for (int i = 0; i < W; ++i) if (n == W || i < n) store(to + (c + i) * W, v[i]);
+        const S *from[W];
+        for (int lane = 0; lane < W; ++lane)
+            from[lane] = loss.row_of(r, first + least(lane, count - 1));
+        V v[W];
+        int64_t c = 0;
+        for (; c + W <= loss.classes; c += W) {
+            for (int lane = 0; lane < W; ++lane) v[lane] = load(from[lane] + c);
+            transpose(v);
+            for (int i = 0; i < W; ++i) store(to + (c + i) * W, v[i]);
         }
+        const int rest = int(loss.classes - c);
+        if (rest == 0) return;
+        for (int lane = 0; lane < W; ++lane) v[lane] = load_partial(from[lane] + c, rest, Real(0));
+        transpose(v);
+        for (int i = 0; i < rest; ++i) store(to + (c + i) * W, v[i]);
     }
 
     void softmax(int r) const {
@@ -126,26 +166,41 @@ class Lanes {
         store(g.sum_one + first, at_one);
     }
 
-    // Cross entropies, and what scales the gradients: 0 for ignored samples.
-    void scales(int64_t first, int count, Real (*ce)[W]) {
-        Real total[W];
-        for (int lane = 0; lane < count; ++lane)
-            total[lane] = ignored(first + lane) ? 0 : loss.targets.mass(first + lane, nullptr, 0);
+    V exit_weight(int k, int64_t first, int count) const {
+        return call.exit_weight_per_row ? per_row(call.exit_weight, k, first, count)
+                                        : splat(loss.targets.exit_weight(k, first));
+    }
+    // Cross entropies, and what scales the gradients: 0 for samples that do not count.
+    void scales(int64_t first, int count, V *ce) {
+        const auto &targets = loss.targets;
+        const bool backward = loss.form == Form::kRowsBackward;
+        Real counts[W] = {}, total[W] = {};
+        for (int lane = 0; lane < count; ++lane) {
+            if (targets.ignored(first + lane)) continue;
+            counts[lane] = 1;
+            total[lane] = targets.mass(first + lane, nullptr, 0);
+        }
+        valid = load(counts);
         for (int k = 0; k < loss.exits; ++k) {
-            Real p[W] = {}, u[W] = {}, d[W] = {};
-            for (int lane = 0; lane < count; ++lane) {
-                const int64_t n = first + lane;
-                if (ignored(n)) continue;
-                const auto c =
-                    loss.targets.cross_entropy(g, g.at(lane, k), k, n, total[lane], nullptr);
-                ce[k][lane] = c.value;
-                p[lane] = c.p_scale;
-                u[lane] = c.mass_scale;
-                d[lane] = loss.divergence_scale(k, n) * s.share[k] * loss.inverse_t;
-            }
-            s.p_scale[k] = load(p);
-            s.mass_scale[k] = load(u);
-            s.pair_scale[k] = load(d);
+            Real z[W] = {};
+            for (int lane = 0; lane < count; ++lane)
+                if (total[lane] != 0)
+                    z[lane] =
+                        targets.number(loss.row_of(k, first + lane) + call.label[first + lane]);
+            const int i = g.at(0, k);
+            const V upstream = backward ? per_row(call.upstream_cross_entropy, k, first, count)
+                                        : splat(targets.factor);
+            const auto c = targets.of_label(load(z), load(g.maximum + i), load(g.log_one + i),
+                                            load(g.inverse_one + i), load(total),
+                                            upstream * exit_weight(k, first, count));
+            // Where a row has no mass its logits may be anything: 0, not 0 times that.
+            const auto mass = load(total) != V{};
+            ce[k] = mass ? c.value : V{};
+            s.p_scale[k] = mass ? c.p_scale : V{};
+            s.mass_scale[k] = c.mass_scale;
+            const V d = backward ? per_row(call.upstream_divergence, k, first, count)
+                                 : splat(loss.row_factor);
+            s.pair_scale[k] = valid * d * (loss.scale * s.share[k] * loss.inverse_t);
         }
     }
 
@@ -164,26 +219,35 @@ class Lanes {
         }
     }
 
-    unsigned record(int64_t first, int count, Real (*ce)[W], typename L::Partials *partial) const {
-        unsigned left = 0;
-        for (int lane = 0; lane < count; ++lane) {
-            const int64_t n = first + lane;
-            if (loss.form == L::kScalar) loss.predictions(g, lane, n);
-            if (ignored(n)) continue;
-            Real own_ce[MSDKERN_MAX_EXITS], own[MSDKERN_MAX_EXITS];
-            bool finite = true;
-            for (int k = 0; k < loss.exits; ++k) {
-                own_ce[k] = ce[k][lane];
-                own[k] = s.value[k][lane];
-                finite &= own[k] - own[k] == 0;
+    unsigned record(int64_t first, int count, const V *ce) {
+        if (loss.form == Form::kScalar) predictions(first, count);
+        // A class masked with -inf makes running sums inf - inf.
+        auto finite = valid != V{};
+        for (int k = 0; k < loss.exits; ++k) finite &= s.value[k] - s.value[k] == V{};
+        for (int k = 0; k < loss.exits; ++k) {
+            const V weighted = exit_weight(k, first, count) * ce[k], d = loss.scale * s.value[k];
+            if (loss.form == Form::kScalar) {
+                sums[k].cross_entropy += wide(finite ? ce[k] : V{});
+                sums[k].weighted_ce += wide(finite ? weighted : V{});
+                sums[k].divergence += wide(finite ? d : V{});
+            } else if (loss.form == Form::kRows) {
+                put_rows(call.row_cross_entropy, k, first, count, weighted);
+                put_rows(call.row_divergence, k, first, count, d);
             }
-            // A class masked with -inf makes running sums inf - inf.
-            if (finite)
-                loss.record(n, own_ce, own, partial);
-            else
-                left |= 1u << lane;
         }
-        return left;
+        return lanes_of(I(valid != V{})) & ~lanes_of(I(finite));
+    }
+    void predictions(int64_t first, int count) const {
+        for (int k = 0; k < loss.exits; ++k) {
+            const V confidence = load(g.inverse_one + g.at(0, k));
+            if (any(I(confidence != confidence))) {
+                for (int lane = 0; lane < count; ++lane) loss.predictions(g, lane, first + lane);
+                return;
+            }
+            put_rows(call.confidence, k, first, count, confidence);
+            memcpy(call.prediction + k * call.rows + first, g.argmax + g.at(0, k),
+                   size_t(count) * sizeof(int64_t));
+        }
     }
 
     void write_gradients(int64_t first, int count) const {
@@ -191,22 +255,23 @@ class Lanes {
             if (!call.gradient[k]) continue;
             Real *const from = x_of(k);
             for (int lane = 0; call.label && lane < count; ++lane)
-                if (!ignored(first + lane))
+                if (valid[lane] != 0)
                     from[call.label[first + lane] * W + lane] -= s.mass_scale[k][lane];
-            for (int64_t c = 0; c < loss.classes; c += W) {
-                const int n = int(least<int64_t>(W, loss.classes - c));
-                V v[W];
-                UNROLL for (int i = 0; i < W; ++i) v[i] =
-                    n == W || i < n ? load(from + (c + i) * W) : V{};
-                transpose<Real>(v);
-                for (int lane = 0; lane < count; ++lane) {
-                    S *const to = loss.gradient_of(k, first + lane) + c;
-                    if (n == W)
-                        store(to, v[lane]);
-                    else
-                        store_partial(to, n, v[lane]);
-                }
+            S *const to = loss.gradient_of(k, first);
+            V v[W];
+            int64_t c = 0;
+            for (; c + W <= loss.classes; c += W) {
+                for (int i = 0; i < W; ++i) v[i] = load(from + (c + i) * W);
+                transpose(v);
+                for (int lane = 0; lane < count; ++lane)
+                    store(to + lane * loss.classes + c, v[lane]);
             }
+            const int rest = int(loss.classes - c);
+            if (rest == 0) continue;
+            for (int i = 0; i < W; ++i) v[i] = i < rest ? load(from + (c + i) * W) : V{};
+            transpose(v);
+            for (int lane = 0; lane < count; ++lane)
+                store_partial(to + lane * loss.classes + c, rest, v[lane]);
         }
     }
 };

@@ -24,9 +24,7 @@ template <class S>
 struct Loss {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
-    typedef Partial Partials;
     static const int W = kLanes<Real>;
-    static const Form kScalar = Form::kScalar;
 
     const msdkern_loss &call;
     const Form form;
@@ -78,11 +76,14 @@ struct Loss {
             if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
             samples = 1;  // those that must go row by row
         }
-        if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits)
-            if (const auto unrolled = find_unrolled<Real>(c.pairs, exits)) student = unrolled;
+        if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits) {
+            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits)) student = unrolled;
+            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits);
+            if (lane_student && unrolled) lane_student = unrolled;
+        }
     }
 
-    int arrays() const { return power == Powers::kOne ? 2 : 3; }
+    int arrays() const { return power == Powers::kNone ? 3 : 2; }
     const S *row_of(int r, int64_t n) const {
         return static_cast<const S *>(call.logits[r]) + n * call.stride[r];
     }
@@ -354,12 +355,13 @@ struct Loss {
                   Partial *partial) const {
         Lanes<S, Loss> lanes(*this, memory, scratch.weight);
         for (int64_t n = first; n < last; n += W) {
-            unsigned left = lanes.group(n, least(last, n + W), partial);
+            unsigned left = lanes.group(n, least(last, n + W));
             for (; left; left &= left - 1) {
                 const int64_t row = n + __builtin_ctz(left);
                 group(row, row + 1, scratch, s, partial);
             }
         }
+        if (partial) lanes.add_to(*partial);
     }
     void block(int64_t first, int64_t last, Partial *partial) const {
         const size_t mine = (scratch_bytes() + 63) / 64 * 64;
@@ -373,6 +375,7 @@ struct Loss {
         sweep.exits = exits;
         sweep.rows = rows;
         sweep.pairs = call.pairs;
+        sweep.power = power;
         sweep.inverse_temperature = inverse_t;
         sweep.weight = s.weight;
         sweep.matrix = call.pair_divergence ? s.matrix : nullptr;

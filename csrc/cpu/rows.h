@@ -22,10 +22,12 @@ INLINE T most(T a, T b) {
 // Rows are handed out in blocks whose size depends on the shape alone, and partial sums are kept
 // per block: the result does not depend on the number of threads.
 struct Blocks {
+    static const int64_t kMostLanes = 16;
     int64_t rows, size, count;
     Blocks(int64_t rows_, int64_t elements_per_row) : rows(rows_) {
         const int64_t elements = 16384;  // enough work to be worth handing out
         size = most<int64_t>(1, elements / most<int64_t>(1, elements_per_row));
+        if (size > kMostLanes) size -= size % kMostLanes;  // whole groups of lanes.h
         count = (rows + size - 1) / size;
     }
     int64_t first(int64_t block) const { return block * size; }
@@ -79,6 +81,15 @@ template <class Real>
 INLINE int64_t padded(int64_t classes) {
     const int64_t line = 64 / int64_t(sizeof(Real));
     return (((classes + line - 1) / line) | 1) * line;
+}
+
+// At least `size` elements: from array to array that are worked on side by side. Their addresses
+// differ by 39/64 of a page, the golden section, so that of a few dozen no two come near each other
+// within pages: a load waits for a store just before it if their places in a page are the same.
+template <class Real>
+INLINE int64_t apart(int64_t size) {
+    const int64_t page = 4096 / int64_t(sizeof(Real)), step = page / 64 * 39;
+    return (size - step + page - 1) / page * page + step;
 }
 
 // f(offset, load) over whole vectors, then over the remainder filled up with `fill`.
@@ -211,17 +222,16 @@ INLINE Powers powers(double temperature) {
                : Powers::kNone;
 }
 
-// e(z - m) from x = (z - m) / T and e = exp(x).
-template <Powers P, class V>
-INLINE V at_one(V e, V gap) {
-    if (P == Powers::kOne) return e;
-    if (P == Powers::kTwo) return e * e;
-    if (P == Powers::kThree) return e * e * e;
-    if (P == Powers::kFour) return (e * e) * (e * e);
-    return exponential(gap);
+// e(z - m) = e^T from e = exp((z - m) / T).
+template <class V>
+INLINE V raised(Powers p, V e) {
+    if (p == Powers::kOne) return e;
+    const V squared = e * e;
+    if (p == Powers::kTwo) return squared;
+    return squared * (p == Powers::kThree ? e : squared);
 }
 
-// Where the exponentials of a row are kept; null where they are not.
+// Where the exponentials of a row are kept; `one` only where they are no powers of e.
 template <class Real>
 struct RowStore {
     Real *x, *e, *one;  // (z - m) / T, exp of it, exp(z - m)
@@ -254,11 +264,11 @@ INLINE RowSums<Num> exponentials(const S *row, int64_t classes, Num m, Real inve
         const V gap = z - m;
         const V x = P == Powers::kOne ? gap : gap * inverse_t;
         const V e = exponential(x);
-        const V p = at_one<P>(e, gap);
+        const V p = P == Powers::kNone ? exponential(gap) : raised(P, e);
         if (Store) {
             store(out.x + c, x);
             store(out.e + c, e);
-            if (P != Powers::kOne) store(out.one + c, p);
+            if (P == Powers::kNone) store(out.one + c, p);
         }
         t += e;
         if (P != Powers::kOne) o += p;

@@ -24,11 +24,13 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
 typedef float VecF __attribute__((vector_size(kBytes)));
 typedef double VecD __attribute__((vector_size(kBytes)));
+typedef double WideF __attribute__((vector_size(2 * kBytes)));  // a double per lane of VecF
 typedef int32_t IntF __attribute__((vector_size(kBytes)));
 typedef int64_t IntD __attribute__((vector_size(kBytes)));
 typedef uint32_t BitsF __attribute__((vector_size(kBytes)));
@@ -56,12 +58,14 @@ struct Vector;
 template <>
 struct Vector<float> {
     typedef VecF Vec;
+    typedef WideF Wide;
     typedef IntF Int;
     typedef int32_t Lane;
 };
 template <>
 struct Vector<double> {
     typedef VecD Vec;
+    typedef VecD Wide;
     typedef IntD Int;
     typedef int64_t Lane;
 };
@@ -195,6 +199,12 @@ template <class V>
 INLINE V maximum(V a, V b) {
     return a > b ? a : b;  // b where a is NaN
 }
+#if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+// Beside another choice by the same comparison GCC would choose here, too, by its mask: three
+// times the latency of this instruction, from class to class.
+INLINE VecF maximum(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE VecD maximum(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#endif
 
 // Whether any lane of a comparison holds.
 template <class I>
@@ -309,16 +319,42 @@ INLINE void interleave(V a, V b, V &low, V &high) {
 }
 
 // The rows v[0], v[1], ... become columns: log2(n) perfect shuffles.
-template <class Real>
-INLINE void transpose(VecOf<Real> *v) {
-    constexpr int n = kLanes<Real>;
+template <class V>
+INLINE void transpose(V *v) {
+    constexpr int n = int(sizeof(V) / sizeof(v[0][0]));
     for (int done = 1; done < n; done *= 2) {
-        VecOf<Real> shuffled[n];
+        V shuffled[n];
         for (int i = 0; i < n / 2; ++i)
             interleave(v[i], v[i + n / 2], shuffled[2 * i], shuffled[2 * i + 1]);
         for (int i = 0; i < n; ++i) v[i] = shuffled[i];
     }
 }
+#if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+// By instructions that leave their operands alone: half as many.
+INLINE void transpose(VecF *v) {
+    __m512 a[16], b[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+    }
+    // b[4 i + c]: column c of every quarter, rows 4 i to 4 i + 3.
+    UNROLL for (int i = 0; i < 16; i += 4) for (int h = 0; h < 2; ++h) {
+        const __m512d x = _mm512_castps_pd(a[i + h]), y = _mm512_castps_pd(a[i + 2 + h]);
+        b[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+        b[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+    UNROLL for (int c = 0; c < 4; ++c) {
+        const __m512 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+        const __m512 odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+        const __m512 even23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+        const __m512 odd23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+        v[c] = (VecF)_mm512_shuffle_f32x4(even01, even23, 0x88);
+        v[4 + c] = (VecF)_mm512_shuffle_f32x4(odd01, odd23, 0x88);
+        v[8 + c] = (VecF)_mm512_shuffle_f32x4(even01, even23, 0xdd);
+        v[12 + c] = (VecF)_mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+    }
+}
+#endif
 
 // The lanes for which a comparison holds, as bits.
 INLINE unsigned lanes_of(IntF hit) {

@@ -11,13 +11,12 @@ namespace MSDKERN_NAMESPACE {
 // Vectors of classes worked on at once: what is read per exit serves all of them.
 constexpr int kTile = 3;
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 // One sample, seen through a window of its classes. Num is what is constant along a row: a number;
 // or a vector of them where the lanes are samples and each class is a vector (lanes.h).
 template <class Real, class Num = Real>
 struct Sweep {
     int exits, rows, pairs;  // rows: exits and external teachers
+    Powers power;
     // Window: (z - m) / T, its exponential, and the exponential at T = 1.
     const Real *x[MSDKERN_MAX_ROWS], *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
     const Real *mass;              // u, the target's mass on each class, or null
@@ -48,6 +47,12 @@ INLINE V probability(const Sweep<Real, Num> &s, int r, int64_t c) {
 template <class Real, class V, class Num>
 INLINE V relative_log(const Sweep<Real, Num> &s, int r, int64_t c, V reference_x, Real gap) {
     return (load(s.x[r] + c) - reference_x) - gap;
+}
+
+// exp(z - m) of exit i, e^T or kept.
+template <class Real, class V, class Num>
+INLINE V at_one(const Sweep<Real, Num> &s, int i, int64_t c) {
+    return s.power == Powers::kNone ? load(s.one[i] + c) : raised(s.power, load(s.e[i] + c));
 }
 
 // Takes what rounding does to the divergences out of them (group.h). W holds the weights, share
@@ -230,7 +235,7 @@ INLINE void student_tile(const Sweep<Real, Num> &s, int64_t c, VecOf<Real> *valu
                 total += mixer.value(v, gradient, d);
             if (out) {
                 V g = gradient * s.pair_scale[i];
-                g += load(s.one[i] + at) * s.p_scale[i];
+                g += at_one<Real, V>(s, i, at) * s.p_scale[i];
                 if (s.mass) g -= load(s.mass + at) * s.mass_scale[i];
                 store_some(out + at, g, partial);
             }
@@ -277,25 +282,24 @@ static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gr
 
 // [exits - 2], few exits and no external teachers: forward KL of a float training step, unrolled
 // where that pays. Null where there is none.
-template <class Real>
-static SweepFunction<Real> find_unrolled(int, int) {
-    return nullptr;
-}
-template <>
-SweepFunction<float> find_unrolled<float>(int pairs, int exits) {
-    constexpr int kMost = 8;
-#define ONE(M, K) student_sweep<float, float, M, false, true, K>
+template <class Real, class Num>
+static SweepFunction<Real, Num> find_unrolled(int pairs, int exits) {
+    if constexpr (sizeof(Real) == sizeof(float)) {
+        constexpr int kMost = 8;
+#define ONE(M, K) student_sweep<Real, Num, M, false, true, K>
 #define ROW(M)                                                                          \
     {                                                                                   \
         ONE(M, 2), ONE(M, 3), ONE(M, 4), ONE(M, 5), ONE(M, 6), ONE(M, 7), ONE(M, kMost) \
     }
-    static const SweepFunction<float> mutual[kMost - 1] = ROW(Mutual),
-                                                     dense[kMost - 1] = ROW(Dense);
+        static const SweepFunction<Real, Num> mutual[kMost - 1] = ROW(Mutual),
+                                                             dense[kMost - 1] = ROW(Dense);
 #undef ROW
 #undef ONE
-    if (exits < 2 || exits > kMost) return nullptr;
-    if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[exits - 2];
-    return pairs == MSDKERN_PAIRS_DENSE ? dense[exits - 2] : nullptr;
+        if (exits < 2 || exits > kMost) return nullptr;
+        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[exits - 2];
+        if (pairs == MSDKERN_PAIRS_DENSE) return dense[exits - 2];
+    }
+    return nullptr;
 }
 
 // (6) Cross entropy alone.
@@ -305,7 +309,7 @@ static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
     for (int i = 0; i < s.exits; ++i) {
         if (!s.out[i]) continue;
         for (int64_t c = 0; c < classes; c += W) {
-            VecOf<Real> g = load(s.one[i] + c) * s.p_scale[i];
+            VecOf<Real> g = at_one<Real, VecOf<Real>>(s, i, c) * s.p_scale[i];
             if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
             store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }

@@ -66,26 +66,33 @@ struct Targets {
         return Real(total);
     }
 
-    // CE_k[n] and the scales of its gradient, from entry i of the group. u as above, total its sum.
+    // CE and the scales of its gradient: numbers, or vectors where the lanes are samples.
+    template <class Num>
     struct CrossEntropy {
-        Real value, p_scale, mass_scale;
+        Num value, p_scale, mass_scale;
     };
-    CrossEntropy cross_entropy(const Group<Real> &g, int i, int k, int64_t n, Real total,
-                               const Real *u) const {
+    // Of a target whose mass, `total`, is on one label with logit z; a = dL/dCE.
+    template <class Num>
+    static CrossEntropy<Num> of_label(Num z, Num m, Num log_one, Num inverse_one, Num total,
+                                      Num a) {
+        return {total * (log_one - (z - m)), a * total * inverse_one, a * total};
+    }
+    // CE_k[n] from entry i of the group. u as above, total its sum.
+    CrossEntropy<Real> cross_entropy(const Group<Real> &g, int i, int k, int64_t n, Real total,
+                                     const Real *u) const {
         if (!call.label && !call.target) return {0, 0, 0};
         const S *row = static_cast<const S *>(call.logits[k]) + n * call.stride[k];
-        const Real m = g.maximum[i], log_one = g.log_one[i];
-        const Real value = dense ? dense_cross_entropy(row, u, m, log_one)
-                                 : total * (log_one - (number(row + call.label[n]) - m));
+        const Real m = g.maximum[i], log_one = g.log_one[i], inverse_one = g.inverse_one[i];
         const Real upstream = form == Form::kRowsBackward
                                   ? real(call.upstream_cross_entropy)[k * call.rows + n]
                                   : factor;
         const Real a = upstream * exit_weight(k, n);
-        return {value, a * total * g.inverse_one[i], dense ? a : a * total};
+        if (dense) return {dense_cross_entropy(row, u, m, log_one), a * total * inverse_one, a};
+        return of_label(number(row + call.label[n]), m, log_one, inverse_one, total, a);
     }
+    static Real number(const S *p) { return load_partial(p, 1, Real(0))[0]; }
 
  private:
-    static Real number(const S *p) { return load_partial(p, 1, Real(0))[0]; }
     Real dense_cross_entropy(const S *row, const Real *u, Real m, Real log_one) const {
         V total = V{};
         for_vectors(row, classes, m, [&](int64_t c, V z) __attribute__((always_inline)) {
