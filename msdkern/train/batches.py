@@ -48,9 +48,10 @@ class TrainBatches:
                 f"--batch-size: {config.batch_size} x --accumulate {config.accumulate} must be at"
                 f" most the {len(rows)} training rows"
             )
-        if config.batch_size < parallel.size():
+        self.copies = parallel.copies(config.parallel)
+        if config.batch_size < self.copies:
             raise CommandError(
-                f"--batch-size: must be at least the {parallel.size()} processes; got"
+                f"--batch-size: must be at least the {self.copies} processes; got"
                 f" {config.batch_size}"
             )
         self.seed, self.batch_size = config.seed, config.batch_size
@@ -79,9 +80,9 @@ class TrainBatches:
         for batch in range(start, self.count):
             span = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             yield self._batch(
-                parallel.part(order[span]),
-                parallel.part(offset[:, span], 1),
-                parallel.part(mirrored[span]),
+                parallel.part(order[span], self.copies),
+                parallel.part(offset[:, span], self.copies, 1),
+                parallel.part(mirrored[span], self.copies),
             )
 
     def _batch(self, rows: Tensor, offset: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:

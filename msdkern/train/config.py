@@ -68,9 +68,16 @@ class TrainConfig:
     )
     parallel: str = option(
         "ddp",
-        "how the processes of torchrun share a run: whole copies, or sharded weights",
-        choices=("ddp", "fsdp"),
+        "how the processes of torchrun share a run: whole copies, sharded weights, or stages",
+        choices=("ddp", "fsdp", "pipeline"),
         free=True,
+    )
+    pipeline_schedule: str = option(
+        "1f1b", "order of forwards and backwards", choices=("gpipe", "1f1b"), free=True
+    )
+    micro_batches: int = option(4, "parts of a batch that a pipeline has under way", free=True)
+    recompute: bool = option(
+        False, "keep the inputs of every stage only, and compute it twice: less memory", free=True
     )
     executor: str = option("auto", "who computes the losses: auto, eager, cpu, ...", free=True)
     threads: int = option(
@@ -128,6 +135,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": _at_least(1),
     "batch_size": _at_least(1),
     "accumulate": _at_least(1),
+    "micro_batches": _at_least(1),
     "lr": _above(0),
     "momentum": _within(0, 1),
     "weight_decay": _at_least(0),

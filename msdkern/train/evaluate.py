@@ -8,12 +8,13 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from msdkern.cli import CommandError
 from msdkern.train import checkpoint, data, parallel
@@ -24,6 +25,8 @@ from msdkern.train.data import Dataset
 if TYPE_CHECKING:
     from msdkern.models import MultiExitNetwork
 
+# The logits and labels of a batch that this process answers for, or None: `answer` of an engine.
+Answer = Callable[[Tensor, Tensor], tuple[list[Tensor], Tensor] | None]
 BATCH_SIZE = 512  # one size for train and evaluate: their tables are equal to the last digit
 
 
@@ -34,25 +37,29 @@ def evaluate(
     config: TrainConfig,
     device: torch.device,
     madds: Sequence[int] | None = None,
+    answer: Answer | None = None,
 ) -> dict[str, Any]:
     """Every exit on the held-out rows.
 
     Returns ``{"exits": [{"exit": 1.., "accuracy", "cross_entropy", "confidence", "madds"}, ...],
     "rows": N}`` and ``"best_accuracy"`` where it is known. Cross entropy and confidence are means
     over rows; madds are multiply-adds of one image up to that exit, counted unless given. Leaves
-    the model in evaluation mode. Several processes share the rows, and all know the result.
+    the model in evaluation mode. ``answer`` says who of several processes runs what, by default
+    this one everything; all of them know the result.
     """
     import msdkern
     from msdkern import models
 
     model.eval()
-    parallel.average_buffers(model)
+    answer = answer or (lambda images, labels: (model(images), labels))
     sums = torch.zeros(3, model.exits, dtype=torch.float64)
     normalise = Normalise(dataset, device, config.channels_last)
     for images, labels in in_order(dataset.held_out, normalise, BATCH_SIZE, device):
-        images, labels = parallel.part(images), parallel.part(labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            logits = model(images)
+            answered = answer(images, labels)
+        if answered is None:
+            continue
+        logits, labels = answered
         known = msdkern.exit_statistics(logits)
         at_label = torch.stack([z.gather(1, labels[:, None])[:, 0].float() for z in logits])
         batch = (known.prediction == labels, known.lse - at_label, known.confidence)
@@ -86,13 +93,13 @@ def opened(path: Path, given: dict[str, Any]) -> Iterator[Trained]:
     Inside the block its executor computes, with its number of threads. Raises ``CommandError`` if
     the images are not those that it was trained on.
     """
+    from msdkern.train.engines import place
     from msdkern.train.run import (
         build_model,
         choose_executor,
         config_of,
         cpu_threads,
         pick_device,
-        place,
     )
 
     state = checkpoint.load(path)

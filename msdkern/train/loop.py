@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def fit_together(config: TrainConfig, resume: bool, log: LogCallable | None) -> 
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise CommandError(
+            raise parallel.agreed(
                 f"{error.filename}: {error.strerror}; what was saved before is whole: make room"
                 " and continue with --resume"
             ) from None
@@ -125,18 +126,20 @@ def train(run: Run, folder: Path, log_size: int, extra: LogCallable | None) -> d
 
     def save() -> None:
         state = run.state(log.sync())
-        if parallel.rank() == 0:
+        if run.engine.sharded:
+            checkpoint.save_sharded(folder, state)
+        elif parallel.rank() == 0:
             checkpoint.save(folder, state)
 
     held_out: dict[str, Any] | None = None
     try:
         while run.epoch < config.epochs:
             train_epoch(run, progress, record, save)
-            held_out = evaluate(run.model, run.dataset, config, run.device, run.madds)
+            held_out = examine(run)
             end_epoch(run, progress, record, held_out)
             save()
         if held_out is None:
-            held_out = evaluate(run.model, run.dataset, config, run.device, run.madds)
+            held_out = examine(run)
     finally:
         progress.close()
         log.close()
@@ -148,6 +151,13 @@ def train(run: Run, folder: Path, log_size: int, extra: LogCallable | None) -> d
     if parallel.rank() == 0:
         write_json(folder / "result.json", report)
     return report
+
+
+def examine(run: Run) -> dict[str, Any]:
+    """The held-out rows by all processes."""
+    run.engine.settle()
+    ask = run.engine.answer
+    return evaluate(run.model, run.dataset, run.config, run.device, run.madds, ask)
 
 
 def train_epoch(
@@ -191,37 +201,43 @@ def train_epoch(
 def train_step(run: Run, group: list[tuple[Tensor, Tensor]]) -> None:
     """Forward and backward of every batch of the group, then one step of the optimiser.
 
-    Each batch's loss is divided by the valid rows of the whole group in all processes, so that
-    the gradients add up to those of one large batch. Processes take the mean of their gradients.
+    A batch may have several pieces, and several processes may share it. Each piece's loss is
+    divided by the valid rows of all of them, so that the gradients add up to those of one large
+    batch.
     """
     run.prepare_step()
-    parts = len(group) * parallel.size()
-    counts = torch.stack([(labels >= 0).sum() for _, labels in group])
-    valid = parallel.sum_over(counts.sum()) if parts > 1 else None
+    parts = len(group) * run.engine.pieces * run.engine.copies
+    valid = valid_rows(run, group) if parts > 1 else None
+    seen = partial(measure, run, parts, valid)
     for number, (images, labels) in enumerate(group, 1):
-        with parallel.synchronising(run.parallel, number == len(group)):
-            loss, logits = run.forward(images, labels, valid)
-            (loss if parallel.size() == 1 else loss * parallel.size()).backward()
-        share = 1.0 if valid is None else counts[number - 1] * parts / valid.clamp(min=1)
-        measure(run, loss.detach() * parts, logits, labels, share)
+        run.engine.backward(images, labels, run.divisor(valid), number == len(group), seen)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
 
+def valid_rows(run: Run, group: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows of the step that are not ignored, over all processes that share it."""
+    count = torch.stack([(labels >= 0).sum() for _, labels in group]).sum()
+    return parallel.sum_over(count) if run.engine.copies > 1 else count
+
+
 @torch.no_grad()
 def measure(
-    run: Run, loss: Tensor, logits: list[Tensor], labels: Tensor, share: float | Tensor
+    run: Run, parts: int, valid: Tensor | None, loss: Tensor, logits: list[Tensor], labels: Tensor
 ) -> None:
-    """Adds a batch to the meters; nothing waits for the device.
+    """Adds one of the ``parts`` of a step to the meters; nothing waits for the device.
 
-    ``loss`` counts as the step's mean, ``share`` is that of the batch's valid rows among those of
-    an average batch of the step.
+    The loss counts as the step's mean, the cross entropies, which are means over the part, by its
+    share of the step's ``valid`` rows.
     """
+    share: float | Tensor = 1.0
+    if valid is not None:
+        share = (labels >= 0).sum() * parts / valid.clamp(min=1)
     cross_entropy = run.criterion.terms["cross_entropy"] * share
-    rows = run.config.batch_size / parallel.size()
+    rows = run.config.batch_size * run.config.accumulate / parts
     correct = torch.stack([(z.argmax(1) == labels).sum() for z in logits])
     for meter in (run.interval_meter, run.epoch_meter):
-        meter.add(loss, correct, cross_entropy, rows)
+        meter.add(loss * parts, correct, cross_entropy, rows)
 
 
 def finite(run: Run) -> dict[str, Any]:

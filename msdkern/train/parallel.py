@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run on several processes, as torchrun starts them: every process takes a part of each batch.
+"""The processes of one run, as torchrun starts them, and what they decide and share.
 
 A batch is that of the whole run, so the number of processes changes neither the steps nor the
-learning rate, and a run may be resumed with another number. Batch normalisation sees the rows of
-its own process in training, as always under DDP. Without torchrun nothing here does anything.
+learning rate, and a run may be resumed with another number. Without torchrun nothing here does
+anything. Who computes what is in engines.py and pipeline.py.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from msdkern.cli import CommandError
 
@@ -88,10 +86,9 @@ def together(act: Callable[[], T]) -> T:
         result = act()
     except CommandError as found:
         error = str(found)
-    errors: list[Any] = [None] * size()
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        raise agreed(next(text for text in errors if text))
+    errors = [text for text in gathered(error) if text]
+    if errors:
+        raise agreed(errors[0])
     return result  # type: ignore[return-value]
 
 
@@ -104,6 +101,14 @@ def first(act: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in each of them."""
+    values: list[Any] = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def agreed(text: str) -> CommandError:
     """A mistake that all processes stop at, and that process 0 tells."""
     error = CommandError(text)
@@ -114,9 +119,14 @@ def agreed(text: str) -> CommandError:
 # Sharing the work -----------------------------------------------------------------------------
 
 
-def part(rows: Tensor, dim: int = 0) -> Tensor:
-    """The rows of this process: parts differ by one row at most."""
-    return rows.tensor_split(size(), dim)[rank()] if size() > 1 else rows
+def copies(mode: str) -> int:
+    """Processes that share the rows of a batch: all; in a pipeline every row visits all of them."""
+    return 1 if mode == "pipeline" else size()
+
+
+def part(rows: Tensor, count: int, dim: int = 0) -> Tensor:
+    """The rows of this process among ``count``: parts differ by one row at most."""
+    return rows.tensor_split(count, dim)[rank()] if count > 1 else rows
 
 
 def sum_over(values: Tensor) -> Tensor:
@@ -128,51 +138,6 @@ def sum_over(values: Tensor) -> Tensor:
     return total
 
 
-def data_parallel(model: nn.Module, mode: str) -> nn.Module:
-    """The module to call in training: DDP around the model, or the model itself, sharded.
-
-    Every exit is part of every loss, if only with weight zero, so DDP need not look for unused
-    parameters. FSDP2 shards each trunk piece and each exit by itself; the logits that come out
-    are plain tensors.
-    """
-    if size() == 1:
-        return model
-    if mode == "fsdp":
-        return shard(model)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    # Each process keeps its own running statistics, until `average_buffers`. (An attribute, for
-    # the argument's name is another in every release.)
-    wrapped.broadcast_buffers = False
-    return wrapped
-
-
-def shard(model: Any) -> nn.Module:
-    """`fully_shard` on every trunk piece, every exit, and on what is left."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model.to(memory_format=torch.contiguous_format)  # no other layout can be sharded
-    # It warns of writing into what exits return. Nothing here does.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    mesh = init_device_mesh(next(model.parameters()).device.type, (size(),))
-    for stage in model.stages:
-        for piece in stage.children():
-            fully_shard(piece, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-@contextlib.contextmanager
-def synchronising(network: Any, last: bool) -> Iterator[None]:
-    """Gradients travel in the last backward of a step only."""
-    if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
-        with network.no_sync():
-            yield
-        return
-    if hasattr(network, "set_requires_gradient_sync"):
-        network.set_requires_gradient_sync(last)
-    yield
-
-
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Running statistics become the mean over the processes."""
@@ -181,39 +146,3 @@ def average_buffers(model: nn.Module) -> None:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= size()
-
-
-# State ----------------------------------------------------------------------------------------
-
-
-def whole(state: Any) -> Any:
-    """A state dict without shards, in every process; what is whole already stays as it is."""
-    return tree_map(lambda value: value.full_tensor() if _sharded(value) else value, state)
-
-
-def shards(state: Any, like: Any) -> Any:
-    """The opposite: each tensor of ``state`` sharded as its namesake in ``like``."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return {
-        name: distribute_tensor(
-            value.to(like[name].device), like[name].device_mesh, like[name].placements
-        )
-        if _sharded(like[name])
-        else value
-        for name, value in state.items()
-    }
-
-
-def optimizer_shards(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer, each tensor sharded as its parameter."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    parts = {
-        number: shards(values, dict.fromkeys(values, weights[number]))
-        for number, values in state["state"].items()
-    }
-    return {**state, "state": parts}
-
-
-def _sharded(value: Any) -> bool:
-    return hasattr(value, "placements")

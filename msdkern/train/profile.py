@@ -46,7 +46,7 @@ def profile_loss(config: TrainConfig) -> dict[str, Any]:
         images, labels = next(run.batches.epoch(0))
         run.model.train()
         with torch.autocast(run.device.type, torch.bfloat16, enabled=config.amp):
-            logits = [z.detach() for z in run.network(images)]
+            logits = [z.detach() for z in run.engine.network(images)]
         plain = plain_loss(run.criterion, len(logits), config.loss)
         losses: dict[str, Loss] = {
             "msdkern": fused_loss(run.criterion),
@@ -140,7 +140,7 @@ def backward(loss: Loss, logits: list[Tensor], labels: Tensor) -> Tensor:
 def network_step(run: Run, images: Tensor, grads: list[Tensor]) -> None:
     """A training step whose loss costs nothing: its gradients are given."""
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.amp):
-        logits = run.network(images)
+        logits = run.engine.network(images)
     torch.autograd.backward(logits, grads)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

@@ -6,21 +6,28 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from msdkern.cli import CommandError
-from msdkern.train import checkpoint, parallel
+from msdkern.train import checkpoint, parallel, sharded
 from msdkern.train.batches import TrainBatches
 from msdkern.train.config import TrainConfig, check_fields
 from msdkern.train.data import Dataset
+from msdkern.train.engines import DataParallel, Engine
 from msdkern.train.log import Meter
+from msdkern.train.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from msdkern.models import MultiExitNetwork
     from msdkern.nn import MultiExitLoss
+
+
+# Who computes the steps, by --parallel; one process needs no choice.
+ENGINES: dict[str, Any] = {"ddp": DataParallel, "fsdp": DataParallel, "pipeline": Pipeline}
 
 
 def pick_device(name: str) -> torch.device:
@@ -92,12 +99,6 @@ def build_model(config: TrainConfig, classes: int, channels: int) -> MultiExitNe
         raise CommandError(f"--model: {error}") from None
 
 
-def place(model: MultiExitNetwork, device: torch.device, config: TrainConfig) -> MultiExitNetwork:
-    """The model on ``device``, its weights in the layout that ``config`` asks for."""
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-
-
 def build_criterion(config: TrainConfig, exits: int) -> MultiExitLoss:
     """The loss that ``config`` names. Raises ``CommandError`` if it cannot be trained with."""
     from msdkern import nn as losses
@@ -158,25 +159,19 @@ class Run:
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         from msdkern.models import multiply_adds
 
-        if config.compile and config.parallel == "fsdp" and parallel.size() > 1:
-            raise CommandError(
-                "--compile: cannot compile a network whose weights are sharded; use --parallel ddp"
-            )
         self.config, self.dataset = config, dataset
         self.device = pick_device(config.device)
         model = build_model(config, len(dataset.classes), dataset.input_shape[0])
-        self.model = place(model, self.device, config)
-        self.criterion = build_criterion(config, self.model.exits).to(self.device)
+        self.model = model
+        self.criterion = build_criterion(config, model.exits).to(self.device)
         # Counted before weights are sharded: `evaluate` could not any more.
         several = parallel.size() > 1
-        self.madds = multiply_adds(self.model, dataset.input_shape) if several else None
-        network = parallel.data_parallel(self.model, config.parallel)
+        self.madds = multiply_adds(model, dataset.input_shape) if several else None
+        kind = ENGINES[config.parallel if several else "ddp"]
+        self.engine: Engine = kind(model, self.criterion, config, self.device, dataset.input_shape)
         self.optimizer = build_optimizer(config, [self.model, self.criterion])
         self.batches = TrainBatches(config, dataset, self.device)
         self.total_steps = config.epochs * self.batches.steps
-        # Compiled, the network keeps one set of weights: evaluation uses the plain module.
-        self.parallel = network
-        self.network = torch.compile(network) if config.compile else network
         self.sums = self.criterion.options["reduction"] == "sum"
         self.epoch, self.batch, self.step = 0, 0, 0
         self.interval_meter = Meter(self.model.exits, self.device)
@@ -190,35 +185,26 @@ class Run:
             group["lr"] = rate
         self.criterion.set_progress(self.step / self.total_steps)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Loss and logits of one batch.
+    def divisor(self, valid: Tensor | None) -> dict[str, Tensor]:
+        """What the criterion divides by: ``valid`` rows of the step, or those of its only piece.
 
-        ``valid`` counts the rows of all batches of the step, or is None if this is the only one.
+        Sums over pieces add up by themselves; means must all divide by the rows of the step.
         """
-        features = None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            if self.criterion.needs_features:
-                logits, features = self.network(images, features=True)
-            else:
-                logits = self.network(images)
-        # Sums over batches add up by themselves; means must all divide by the rows of the step.
-        divisor = {} if valid is None or self.sums else {"normalizer": valid}
-        return self.criterion(logits, labels, features, **divisor), logits
+        return {} if valid is None or self.sums else {"normalizer": valid}
 
     def state(self, log_size: int) -> dict[str, Any]:
         """What a checkpoint holds. Schedule, order and augmentation follow from the position.
 
-        Weights and sums are those of the whole run, so that any number of processes can go on.
+        Sums are those of the whole run, and so are weights, of which this process may hold a
+        part: any number of processes can go on.
         """
-        parallel.average_buffers(self.model)
+        self.engine.settle()
         meters = (self.interval_meter, self.epoch_meter)
         return {
             "config": self.config.to_dict(),
-            "model": parallel.whole(self.model.state_dict()),
+            "model": self.model.state_dict(),
             "criterion": self.criterion.state_dict(),
-            "optimizer": parallel.whole(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
@@ -239,11 +225,8 @@ class Run:
                 f" with (fingerprint {self.dataset.fingerprint[:12]}, then"
                 f" {state['fingerprint'][:12]})"
             )
-        self.model.load_state_dict(parallel.shards(state["model"], self.model.state_dict()))
+        self.restore_tensors(state)
         self.criterion.load_state_dict(state["criterion"])
-        self.optimizer.load_state_dict(
-            parallel.optimizer_shards(state["optimizer"], self.optimizer)
-        )
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.seconds = state["seconds"]
         for meter, sums in zip(
@@ -251,6 +234,25 @@ class Run:
         ):
             meter.sums.copy_(sums / parallel.size())
         checkpoint.set_random_state(state["random"])
+
+    @torch.no_grad()
+    def restore_tensors(self, state: dict[str, Any]) -> None:
+        """Fills what this process holds of the network and of the optimiser's state."""
+        rest, saved = checkpoint.split(state)
+        where = state.get(checkpoint.SHARDS)
+        names = sharded.names(Path(where)) if where else saved
+        own = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for name in names:
+            kind, number, *_ = name.split(".")
+            if kind == "optimizer":
+                own[name] = torch.zeros_like(weights[int(number)])
+        own = {name: value for name, value in own.items() if not value.is_meta}
+        if where:
+            sharded.read(Path(where), own)
+        else:
+            parallel.together(lambda: sharded.fill(own, saved))
+        self.optimizer.load_state_dict(checkpoint.join(rest, own)["optimizer"])
 
 
 def config_of(state: dict[str, Any]) -> TrainConfig:

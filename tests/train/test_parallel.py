@@ -37,9 +37,18 @@ CASES = {
     "zero weight": {"loss": "ce", "batch_size": 16, "loss_option": ("exit_weight=[0,1,1]",)},
     "uneven": {**MSD, "batch_size": 15},
 }
-# What the way of sharing could change is tried in both, the arithmetic around it in one.
-MODES = dict.fromkeys(("mean", "normalizer", "zero weight"), ("ddp", "fsdp"))
-RUNS = [(name, mode) for name in CASES for mode in MODES.get(name, ("ddp",))]
+# What the way of sharing could change is tried in all, the arithmetic around it in one.
+PIPELINE = {
+    "mean": {},  # 1f1b, four micro-batches of four rows
+    "normalizer": {"pipeline_schedule": "gpipe", "micro_batches": 2, "recompute": True},
+    "zero weight": {"micro_batches": 2},
+    "sum": {"pipeline_schedule": "gpipe", "micro_batches": 1},
+}
+RUNS = {
+    **{(name, "ddp"): {} for name in CASES},
+    **{(name, "fsdp"): {} for name in ("mean", "normalizer", "zero weight")},
+    **{(name, "pipeline"): changes for name, changes in PIPELINE.items()},
+}
 
 
 def torchrun(*words, environment, processes=2, options=()):
@@ -89,14 +98,17 @@ def finished(make, tmp_path_factory):
     for name, changes in CASES.items():
         single.append((make(f"{name} one", **changes), None, ()))
         double += [
-            (make(f"{name} {mode}", parallel=mode, **changes), None, ())
-            for case, mode in RUNS
+            (make(f"{name} {mode}", parallel=mode, **changes, **more), None, ())
+            for (case, mode), more in RUNS.items()
             if case == name
         ]
-    # Stopped under DDP, continued with shards, stopped again, finished by one process.
+    # Stopped in one mode, continued in the next, finished by one process.
     broken = make("broken", checkpoint_every=1, **CASES["mean"])
-    double.append((broken, 8, ()))
+    double.append((broken, 5, ()))
+    double.append((replace(broken, parallel="fsdp"), 9, ("--resume",)))
+    double.append((replace(broken, parallel="pipeline"), 14, ("--resume",)))
     double.append((replace(broken, parallel="fsdp"), 17, ("--resume",)))
+    double.append((broken, 20, ("--resume",)))
     single.append((broken, None, ("--resume",)))
     for runs, processes in ((double, 2), (single, 1)):
         path = tmp_path_factory.mktemp("runs") / "runs.json"
