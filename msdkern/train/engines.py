@@ -8,6 +8,7 @@ always under DDP. The other engine, which cuts the network, is `msdkern.train.pi
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -102,7 +103,8 @@ class DataParallel:
     def answer(self, images: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
         """See `Engine`: the rows of this process."""
         images, labels = (parallel.part(rows, self.copies) for rows in (images, labels))
-        return self.model(images), labels
+        with torch.compiler.set_stance("force_eager"):
+            return self.model(images), labels
 
     def settle(self) -> None:
         """See `Engine`."""
@@ -145,10 +147,13 @@ def shard(model: Any, compiled: bool) -> nn.Module:
     # It warns of writing into what exits return. Nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mesh = init_device_mesh(next(model.parameters()).device.type, (parallel.size(),))
+    # Pieces differ in shape, so none should count against the recompilations of another.
+    known = inspect.signature(torch.compile).parameters
+    alone = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     for stage in model.stages:
         for piece in stage.children():
             if compiled:
-                piece.compile()
+                piece.compile(dynamic=False, **alone)
             fully_shard(piece, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -177,6 +182,8 @@ def recompute(model: MultiExitNetwork) -> None:
 def _recomputed(stage: nn.Module, forward: Callable, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs)
+    if torch.compiler.is_compiling():  # a graph updates statistics in its forward only
+        return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, stage))
 
 
