@@ -40,14 +40,18 @@ class Problem:
         return zip(self.images.split(rows), self.labels.split(rows), strict=True)
 
 
-@pytest.fixture
-def problem():
+def make_problem() -> Problem:
     rows = digits()
     count = STEPS * ROWS
     images = (rows.images[:count].permute(0, 3, 1, 2).float() - 4.9) / 6.0
+    return Problem(images, rows.labels[:count].clone())
+
+
+@pytest.fixture
+def problem():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Problem(images, rows.labels[:count].clone())
+    yield make_problem()
     torch.set_num_threads(before)
 
 
