@@ -33,8 +33,7 @@ def test_largest_part_is_as_small_as_it_can_be(seed):
     assert largest(starts[1:-1]) == known
 
 
-@pytest.mark.parametrize("vectors", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("channels_last", "vectors"), [(False, False), (True, True)])
 @pytest.mark.parametrize("name", ["resnet8", "msdnet_tiny", "ranet_tiny"])
 def test_parts_in_a_row_are_the_network(name, channels_last, vectors):
     """What arrives is what was promised, and gradients come back over every edge."""
