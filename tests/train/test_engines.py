@@ -20,12 +20,9 @@ def small(width=6):
     """Two exits, cheap to compile."""
     stages = []
     for size in (3 * 64, width):
-        trunk = nn.Sequential(
-            nn.Flatten(), nn.Linear(size, width), nn.BatchNorm1d(width), nn.ReLU()
-        )
-        stages.append(
-            Stage(nn.Sequential(*layers), Exit(nn.Identity(), nn.Identity(), nn.Linear(width, 5)))
-        )
+        layers = (nn.Flatten(), nn.Linear(size, width), nn.BatchNorm1d(width), nn.ReLU())
+        exit = Exit(nn.Identity(), nn.Identity(), nn.Linear(width, 5))
+        stages.append(Stage(nn.Sequential(*layers), exit))
     return MultiExitNetwork(stages)
 
 
