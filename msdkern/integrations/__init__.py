@@ -17,7 +17,11 @@ def answers(
     model: nn.Module, criterion: MultiExitLoss, images: Tensor
 ) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
     """``(logits, features)`` of a `MultiExitNetwork`; features only where the loss needs them."""
-    return model(images, features=True) if criterion.needs_features else (model(images), None)
+    if not criterion.needs_features:
+        return model(images), None
+    answered = model(images, features=True)
+    # Anything else is for the criterion to name.
+    return answered if isinstance(answered, tuple) else (answered, None)
 
 
 def exit_terms(criterion: MultiExitLoss, prefix: str = "") -> dict[str, Tensor]:

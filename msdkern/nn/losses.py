@@ -203,6 +203,8 @@ class MultiExitLoss(nn.Module):
         if isinstance(logits, Mapping):
             rule = f"{type(self).__name__}: logits must be a sequence of tensors"
             raise TypeError(f"{rule}; got a mapping with {', '.join(map(str, logits))}")
+        if not isinstance(logits, (Tensor, Sequence)) or len(logits) == 0:
+            return ops.multi_exit_loss(logits, target).loss  # which says what is wrong
         logits, teachers = self._with_teachers(logits, teacher_logits)
         z = logits[-1]
         out = ops.multi_exit_loss(
