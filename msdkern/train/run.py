@@ -112,18 +112,29 @@ def build_criterion(config: TrainConfig, exits: int) -> MultiExitLoss:
             f"--loss: {config.loss} learns from the logits of another network, which train does"
             " not have; call msdkern.nn.create in a loop of your own"
         )
-    if criterion.adapt_temperature and parallel.size() > 1:
-        raise CommandError(
-            f"--loss: {config.loss} adapts its temperature to the rows of one process; train it"
-            " with one, or without adaptive"
-        )
-    summed = criterion.options["reduction"] == "sum"
-    if summed and criterion.needs_features and parallel.size() > 1:
-        raise CommandError(
-            "--loss-option: reduction=sum and a feature term, which is a mean, cannot be added up"
-            " over processes; leave one of them out"
-        )
+    if parallel.size() > 1:
+        check_divisible(config, criterion)
     return criterion
+
+
+def check_divisible(config: TrainConfig, criterion: MultiExitLoss) -> None:
+    """Raises ``CommandError`` for a loss whose parts in several processes are not its whole."""
+    options = criterion.options
+    features = criterion.feature_options["reduction"] if criterion.needs_features else None
+    rules = {
+        f"--loss: {config.loss} adapts its temperature to the rows of one process; train it with"
+        " one, or without adaptive": bool(criterion.adapt_temperature),
+        "--loss-option: reduction=sum and a feature term, which is a mean, cannot be added up over"
+        " processes; leave one of them out": options["reduction"] == "sum" and bool(features),
+        "--loss-option: feature_reduction=norm is a norm over all rows, which cannot be added up"
+        " over processes; take another": features == "norm",
+        "--loss-option: class_weight divides by the weights of a batch's labels, which no process"
+        " knows alone; pass reduction=sum": criterion.class_weight is not None
+        and options["reduction"] == "mean",
+    }
+    for sentence, broken in rules.items():
+        if broken:
+            raise CommandError(sentence)
 
 
 def build_optimizer(config: TrainConfig, modules: list[nn.Module]) -> torch.optim.Optimizer:

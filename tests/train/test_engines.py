@@ -10,8 +10,12 @@ from torch import nn
 
 import msdkern
 from msdkern import models
+from msdkern.cli import CommandError
 from msdkern.models import Exit, MultiExitNetwork, Stage
+from msdkern.train import parallel
+from msdkern.train.config import TrainConfig
 from msdkern.train.engines import recompute
+from msdkern.train.run import build_criterion
 
 LABELS = torch.tensor([0, 1, 2, -100, 3, -100, -100, 4])
 
@@ -111,3 +115,26 @@ def test_whole_step_is_compiled_under_ddp(group, images):
     expected = step(network, images)
     wrapped = nn.parallel.DistributedDataParallel(other)
     assert_same(step(wrapped, images, "aot_eager"), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": "phuong_lampert", "loss_option": ("adaptive=true",)}, "adapts its temperature"),
+        ({"loss": "msd", "loss_option": ("reduction=sum",)}, "reduction=sum and a feature term"),
+        ({"loss": "msd", "loss_option": ("feature_reduction=norm",)}, "feature_reduction=norm"),
+        ({"loss": "ce", "loss_option": ("class_weight=[1,2,3]",)}, "class_weight divides by"),
+        ({"loss": "ce", "loss_option": ("class_weight=[1,2,3]", "reduction=sum")}, None),
+    ],
+)
+def test_losses_that_processes_cannot_share(monkeypatch, changes, words):
+    """One sentence, and none in one process."""
+    config = TrainConfig(**changes)
+    build_criterion(config, exits=3)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    if words is None:
+        build_criterion(config, exits=3)
+        return
+    with pytest.raises(CommandError, match=words) as error:
+        build_criterion(config, exits=3)
+    assert "\n" not in str(error.value)
