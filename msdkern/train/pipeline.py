@@ -50,17 +50,20 @@ class Pipeline:
         check(config, model.exits)
         self.criterion, self.device, self.exits = criterion, device, model.exits
         self.number, self.count = parallel.rank(), parallel.size()
-        self.pieces = config.micro_batches
+        self.pieces, self.channels_last = config.micro_batches, config.channels_last
         starts = cuts(model, input_shape, self.count)
         mine = range(*starts[self.number : self.number + 2])
         for number, stage in enumerate(model.stages):
-            _ = place(stage, device, config) if number in mine else stage.to("meta")
+            if number in mine:
+                place(stage, device, config)
+            else:
+                stage.to("meta")
         self.loads = loads(model, starts, criterion.needs_features, config, device, input_shape)
         if config.recompute:
             recompute(model)
-        here = Place(self.number == 0, self.number == self.count - 1, criterion.needs_features)
-        stages = model.stages[mine.start : mine.stop]
-        self.cut = Cut(stages, self.loads[self.number], here, config, device)
+        stages, before = model.stages[mine.start : mine.stop], self.loads[self.number]
+        last = self.number == self.count - 1
+        self.cut = Cut(stages, before, last, criterion.needs_features, config, device)
         self.network = torch.compile(self.cut) if config.compile else self.cut
         rows = config.batch_size // config.micro_batches
         self.schedule = self._schedule(self.network, rows, config.pipeline_schedule, self._loss)
@@ -99,7 +102,7 @@ class Pipeline:
         """See `Engine`: each layer is in one process, so there is nothing to average."""
 
     def _first(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (images,) if self.number == 0 else ()
+        return (sent(images, self.channels_last),) if self.number == 0 else ()
 
     def _last(self, **target: Tensor) -> dict[str, Tensor]:
         return target if self.number == self.count - 1 else {}
@@ -206,7 +209,7 @@ def loads(
         answers: list[list[Tensor]] = [[], []] if vectors else [[]]
         for number, stage in enumerate(model.stages):
             if number in starts:
-                found.append(load(features, answers, config.channels_last and number > 0))
+                found.append(load(features, answers, config.channels_last))
             arguments = (features, *answers)
             state = {
                 name: torch.empty(value.shape, dtype=value.dtype, device=device)
@@ -229,7 +232,8 @@ def load(features: Any, answers: Sequence[list[Tensor]], channels_last: bool) ->
 
 def sent(x: Tensor, channels_last: bool) -> Tensor:
     """Maps travel with the channels innermost where they are kept so: that copies nothing."""
-    return (x.movedim(1, -1) if channels_last and x.dim() == 4 else x).contiguous()
+    x = x.movedim(1, -1) if channels_last and x.dim() == 4 else x
+    return x.reshape(-1).view(x.shape)  # strides of no choice, also along axes of length 1
 
 
 def received(x: Tensor, channels_last: bool) -> Tensor:
@@ -241,30 +245,23 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
 
 
-class Place(NamedTuple):
-    """Of a part among the parts, and whether vectors travel too."""
-
-    first: bool
-    last: bool
-    vectors: bool
-
-
 class Cut(nn.Module):
     """Stages in a row, as a module from tensors to tensors: ``(*features, *logits, *vectors)``.
 
-    The last one returns no features.
+    Vectors travel where the loss compares them; the last one returns no features.
     """
 
     def __init__(
         self,
         stages: nn.ModuleList,
         before: Load,
-        place: Place,
+        last: bool,
+        vectors: bool,
         config: TrainConfig,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.stages, self.before, self.place = stages, before, place
+        self.stages, self.before, self.last, self.vectors = stages, before, last, vectors
         self.config, self.device = config, device
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -273,17 +270,17 @@ class Cut(nn.Module):
             for stage in self.stages:
                 features, *answers = stage(features, *answers)
         carried = (x for answer in answers for x in answer)
-        if self.place.last:
+        if self.last:
             return tuple(carried)
         maps = (sent(x, self.config.channels_last) for x in tree_leaves(features))
         return (*maps, *carried)
 
     def _unpack(self, tensors: Sequence[Tensor]) -> tuple[Any, list[list[Tensor]]]:
-        before, packed = self.before, self.config.channels_last and not self.place.first
-        maps = [received(x, packed) for x in tensors[: before.features]]
+        before = self.before
+        maps = [received(x, self.config.channels_last) for x in tensors[: before.features]]
         # Views: the engine detaches in place what comes out, and what came in must stay as it is.
         carried = [x.view_as(x) for x in tensors[before.features :]]
         answers = [carried[: before.logits]]
-        if self.place.vectors:
+        if self.vectors:
             answers.append(carried[before.logits :])
         return tree_unflatten(maps, before.spec), answers
