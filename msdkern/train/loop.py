@@ -73,7 +73,7 @@ def fit_together(config: TrainConfig, resume: bool, log: LogCallable | None) -> 
         parallel.together(lambda: pick_device(config.device))
         run = parallel.together(lambda: Run(config, dataset))
         if state is not None:
-            run.restore(state)
+            parallel.together(lambda: run.restore(state))
         try:
             if parallel.rank() == 0:
                 write_json(folder / "config.json", config.to_dict())

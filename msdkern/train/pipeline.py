@@ -135,10 +135,9 @@ def check(config: TrainConfig, exits: int) -> None:
             f"--micro-batches: must divide --batch-size {config.batch_size}; got"
             f" {config.micro_batches}"
         )
-    if config.pipeline_schedule == "1f1b" and config.micro_batches < count:
+    if config.micro_batches < count:
         raise CommandError(
-            f"--micro-batches: must be at least the {count} processes under 1f1b; got"
-            f" {config.micro_batches}"
+            f"--micro-batches: must be at least the {count} processes; got {config.micro_batches}"
         )
 
 

@@ -132,18 +132,20 @@ def read_index(folder: Path) -> Index:
             _check(name, entry, index["files"])
     except OSError as error:
         raise CommandError(f"{folder}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CommandError(f"{folder}: not a checkpoint, or a damaged one: {error}") from None
     return index
 
 
 def _check(name: str, entry: Index, files: Mapping[str, Any]) -> None:
-    _dtype(entry["dtype"])
-    counts = [math.prod(piece["size"]) for piece in entry["pieces"]]
-    if sum(counts) != math.prod(entry["size"]):
+    width, pieces = _dtype(entry["dtype"]).itemsize, entry["pieces"]
+    if sum(math.prod(piece["size"]) for piece in pieces) != math.prod(entry["size"]):
         raise ValueError(f"the pieces of {name} do not make up {entry['size']}")
-    if any(piece["file"] not in files for piece in entry["pieces"]):
-        raise ValueError(f"a piece of {name} is in a file that is not listed")
+    for piece in pieces:
+        if piece["file"] not in files:
+            raise ValueError(f"a piece of {name} is in a file that is not listed")
+        if width * math.prod(piece["size"]) > files[piece["file"]]["bytes"]:
+            raise ValueError(f"a piece of {name} is larger than its file")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -85,7 +85,7 @@ def test_what_autocast_computes_travels_in_bfloat16():
     [
         ({}, 4, "--parallel: pipeline cuts a network between its exits: 4 processes need as many"),
         ({"micro_batches": 3}, 2, "--micro-batches: must divide --batch-size 64; got 3"),
-        ({"micro_batches": 1}, 2, "--micro-batches: must be at least the 2 processes under 1f1b"),
+        ({"micro_batches": 1}, 2, "--micro-batches: must be at least the 2 processes; got 1"),
     ],
 )
 def test_what_cannot_be_cut(monkeypatch, changes, processes, sentence):

@@ -164,6 +164,12 @@ def test_every_file_is_checked(tmp_path):
     assert newest(tmp_path) == (2, [])
 
 
+def enlarge(index):
+    """A tensor that would take all memory."""
+    entry = index["tensors"]["model.count"]
+    entry["size"] = entry["pieces"][0]["size"] = [1 << 50]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -173,6 +179,7 @@ def test_every_file_is_checked(tmp_path):
         (lambda i: i["tensors"]["model.count"].update(size=[2]), "do not make up [2]"),
         (lambda i: i["tensors"]["model.count"]["pieces"][0].update(file="/etc/x"), "not listed"),
         (lambda i: i.pop("tensors"), "'tensors'"),
+        (enlarge, "a piece of model.count is larger than its file"),
     ],
 )
 def test_index_of_somebody_else(tmp_path, change, message):
