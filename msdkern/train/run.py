@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from msdkern.nn import MultiExitLoss
 
 
+# In older releases a recomputed graph changes the buffers of its modules once more (2.8 does).
+GRAPHS_RECOMPUTE = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 # Who computes the steps, by --parallel; one process needs no choice.
 ENGINES: dict[str, Any] = {"ddp": DataParallel, "fsdp": DataParallel, "pipeline": Pipeline}
 
@@ -170,6 +172,11 @@ class Run:
     def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
         from msdkern.models import multiply_adds
 
+        if config.compile and config.recompute and not GRAPHS_RECOMPUTE:
+            raise CommandError(
+                "--recompute: together with --compile, which would count rows twice in running"
+                f" statistics, needs PyTorch 2.13; got {torch.__version__}"
+            )
         self.config, self.dataset = config, dataset
         self.device = pick_device(config.device)
         model = build_model(config, len(dataset.classes), dataset.input_shape[0])

@@ -15,7 +15,7 @@ from msdkern.models import Exit, MultiExitNetwork, Stage
 from msdkern.train import parallel
 from msdkern.train.config import TrainConfig
 from msdkern.train.engines import recompute
-from msdkern.train.run import build_criterion
+from msdkern.train.run import GRAPHS_RECOMPUTE, Run, build_criterion
 
 LABELS = torch.tensor([0, 1, 2, -100, 3, -100, -100, 4])
 
@@ -77,7 +77,10 @@ def assert_same(got, expected, exact=False):
             torch.testing.assert_close(left[name], value, **close, msg=name)
 
 
-@pytest.mark.parametrize("compiled", [None, "aot_eager"])
+GRAPH = pytest.param("aot_eager", marks=pytest.mark.skipif(not GRAPHS_RECOMPUTE, reason="refused"))
+
+
+@pytest.mark.parametrize("compiled", [None, GRAPH])
 def test_recomputation_changes_nothing(network, images, compiled):
     """Running statistics see every row once, and count every batch once."""
     network = small() if compiled else network
@@ -138,3 +141,9 @@ def test_losses_that_processes_cannot_share(monkeypatch, changes, words):
     with pytest.raises(CommandError, match=words) as error:
         build_criterion(config, exits=3)
     assert "\n" not in str(error.value)
+
+
+def test_recomputed_graphs_of_old_releases_are_refused(monkeypatch):
+    monkeypatch.setattr("msdkern.train.run.GRAPHS_RECOMPUTE", False)
+    with pytest.raises(CommandError, match=r"--recompute: together with --compile.*; got 2\."):
+        Run(TrainConfig(compile=True, recompute=True), None)
