@@ -23,7 +23,7 @@ SPLIT_SEED = 1  # of the held-out rows into three parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a file that msdkern train wrote, such as last.pt")
+    parser.add_argument("checkpoint", help="a checkpoint of msdkern train, such as last.pt")
     options: tuple[tuple[str, dict[str, Any]], ...] = (
         ("method", {"choices": METHODS, "default": "accuracy",
                     "help": "accuracy: the most within --budget; budgeted: the shares of --ratio,"

@@ -21,7 +21,7 @@ CLOSE = 1e-4  # scores may differ by rounding, and rows whose score is so near a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a file that msdkern train wrote, such as last.pt")
+    parser.add_argument("checkpoint", help="a checkpoint of msdkern train, such as last.pt")
     parser.add_argument(
         "--thresholds", help="a file of msdkern calibrate (default: thresholds.json beside it)"
     )

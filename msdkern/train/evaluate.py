@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that opens a checkpoint."""
-    parser.add_argument("checkpoint", help="a file that msdkern train wrote, such as last.pt")
+    parser.add_argument("checkpoint", help="a checkpoint of msdkern train, such as last.pt")
     for name, text in (
         ("root", "folder of the images, if they have moved"),
         ("device", "cpu, cuda, ...; auto takes a GPU if there is one"),
