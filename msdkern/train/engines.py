@@ -141,7 +141,7 @@ def shard(model: Any, compiled: bool) -> nn.Module:
     ``compiled``: each of them by itself, for a compiled graph cannot span what is gathered apart.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     model.to(memory_format=torch.contiguous_format)  # no other layout can be sharded
     # It warns of writing into what exits return. Nothing here does.
@@ -155,7 +155,13 @@ def shard(model: Any, compiled: bool) -> nn.Module:
             if compiled:
                 piece.compile(dynamic=False, **alone)
             fully_shard(piece, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if mesh.device_type == "cpu":
+        # gloo of PyTorch 2.8 takes a mean for a sum; so the sum is asked for, and divided.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 @contextlib.contextmanager

@@ -183,7 +183,9 @@ class Load(NamedTuple):
     def example(self, rows: int) -> tuple[Tensor, ...]:
         """Tensors of these kinds without storage."""
         return tuple(
-            torch.empty((rows, *shape), dtype=dtype, device="meta", requires_grad=True)
+            torch.empty(
+                (rows, *shape), dtype=dtype, device="meta", requires_grad=dtype.is_floating_point
+            )
             for dtype, shape in self.kinds
         )
 
