@@ -294,7 +294,7 @@ def test_table_of_the_sizing_page():
         with torch.device("meta"):
             model = models.create(name, int(classes))
         count, cost = sum(p.numel() for p in model.parameters()), models.multiply_adds(model, shape)
-        starts = pipeline.cuts(model, shape, 2)
+        starts = pipeline.even_cuts(cost, 2)
         load = pipeline.loads(model, starts, False, TrainConfig(), torch.device("cpu"), shape)[1]
         sizes = [math.prod(size) for _, size in load.kinds]
         features, logits = sum(sizes[: load.features]), sum(sizes[load.features :])
