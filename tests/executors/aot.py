@@ -31,7 +31,7 @@ TARGETS = {
 }
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
+    torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8",
 }  # fmt: skip
 DIVISIBLE = [["tt.divisibility", 16]]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executor `triton`: the loss family on any GPU that Triton reaches, without a compiler installed.
+"""Executor `triton`: losses and gates on any GPU that Triton reaches, without a compiler installed.
 
 It runs on the current stream, allocates only through PyTorch, never waits for the device, and may
 be captured into a CUDA graph. What would need the host to read device memory is therefore not
@@ -56,10 +56,10 @@ def reason() -> str | None:
     return None
 
 
-def _op(name: str) -> Any:
+def _op(name: str, module: str = "launch") -> Any:
     def call(*arguments: Any) -> Any:
         # Kernels are declared, and Triton imported, by the first call.
-        return getattr(importlib.import_module("msdkern.executors.triton.launch"), name)(*arguments)
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(*arguments)
 
     call.__name__ = name
     return call
@@ -72,3 +72,7 @@ multi_exit_softmax = _op("multi_exit_softmax")
 multi_exit_softmax_backward = _op("multi_exit_softmax_backward")
 exit_statistics = _op("exit_statistics")
 scale_ = _op("scale_")
+exit_gate = _op("exit_gate", "gate_launch")
+gate_step = _op("gate_step", "gate_launch")
+compact_rows = _op("compact_rows", "gate_launch")
+scatter_rows = _op("scatter_rows", "gate_launch")

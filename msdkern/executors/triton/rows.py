@@ -36,6 +36,21 @@ def load_exits(
 
 
 @triton.jit
+def exit_of(values, k, COUNT: tl.constexpr):
+    """values[k] for an exit known only at run time."""
+    chosen = values[0]
+    for i in tl.static_range(1, COUNT):
+        chosen = tl.where(k == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def load_tile(pointer, c, present, classes, fill: tl.constexpr, REAL: tl.constexpr):
+    inside = present[:, None] & (c < classes)[None, :]
+    return tl.load(pointer[:, None] + c[None, :], mask=inside, other=fill).to(REAL)
+
+
+@triton.jit
 def first_class(z, c, target, LARGE: tl.constexpr):
     """The lowest class with the value `target`, or the first NaN: as torch.argmax."""
     hit = tl.where(z == target[:, None], c[None, :], LARGE)

@@ -10,24 +10,9 @@ import triton
 import triton.language as tl
 
 from .math import positive, scalar, softmax_jacobian, weigh
-from .rows import at
+from .rows import at, exit_of, load_tile
 
 LARGE = tl.constexpr(1 << 30)
-
-
-@triton.jit
-def exit_of(values, k, COUNT: tl.constexpr):
-    """values[k] for an exit known only at run time."""
-    chosen = values[0]
-    for i in tl.static_range(1, COUNT):
-        chosen = tl.where(k == i, values[i], chosen)
-    return chosen
-
-
-@triton.jit
-def load_tile(pointer, c, present, classes, fill: tl.constexpr, REAL: tl.constexpr):
-    inside = present[:, None] & (c < classes)[None, :]
-    return tl.load(pointer[:, None] + c[None, :], mask=inside, other=fill).to(REAL)
 
 
 @triton.jit

@@ -37,6 +37,12 @@ CLASSES_PER_WARP = 32  # at least, in a sweep
 # The same for kernels that see one exit at a time.
 ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
 ONE_EXIT_SWEEP = (4096, 8)
+# Classes of a row that a gate holds, with so many warps. In a sweep every thread keeps the findings
+# of as many lanes as it loads classes at once, and has so many classes in hand.
+GATE_HELD = ((1024, 4), (2048, 4), (8192, 8))
+GATE_SWEEP_WARPS = 8
+LOADED_AT_ONCE = 16  # bytes
+GATE_SWEPT = 16
 
 
 def power_of_two(n: int) -> int:
@@ -72,3 +78,26 @@ def row_plan(classes: int, double: bool) -> Plan:
             return Plan(True, max(1, ONE_EXIT[0][0] // (block * halved)), block, warps)
     block, warps = ONE_EXIT_SWEEP
     return Plan(False, 1, block // halved, warps)
+
+
+class GatePlan(NamedTuple):
+    """As Plan; a sweep reads `tiles` tiles at once."""
+
+    resident: bool
+    rows: int
+    block: int
+    warps: int
+    tiles: int = 1
+
+
+@functools.lru_cache(maxsize=4096)
+def gate_plan(classes: int, element_size: int) -> GatePlan:
+    """For gates, which see one exit at a time."""
+    halved = 2 if element_size == 8 else 1
+    block = power_of_two(classes)
+    for most, warps in GATE_HELD:
+        if block * halved <= most:
+            return GatePlan(True, max(1, GATE_HELD[0][0] // (block * halved)), block, warps)
+    threads, each = THREADS * GATE_SWEEP_WARPS, LOADED_AT_ONCE // element_size
+    tiles = max(1, GATE_SWEPT // (halved * each))
+    return GatePlan(False, 1, threads * each, GATE_SWEEP_WARPS, tiles)

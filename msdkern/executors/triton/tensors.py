@@ -37,8 +37,8 @@ def checks_values(tensor: Tensor) -> bool:
 
 
 def check_positive(op: str, name: str, value: Tensor) -> None:
-    if checks_values(value) and not 0 < value.item() < math.inf:
-        raise ValueError(f"{op}: {name} must be positive and finite; got {value.item()}")
+    if checks_values(value) and not all(0 < v < math.inf for v in value.view(-1).tolist()):
+        raise ValueError(f"{op}: {name} must be positive and finite; got {value.tolist()}")
 
 
 def check_count(op: str, name: str, value: Tensor) -> None:
@@ -103,6 +103,22 @@ def numbers(
         passed.append(taken)
         pointers |= int(pointer) << bit
     return passed, pointers
+
+
+VALUES, ONE_IN_MEMORY, ALL_IN_MEMORY = 0, 1, 2
+
+
+def per_exit(value: Tensor, exits: int, like: Tensor) -> tuple[Any, int]:
+    """One number or K: as K numbers by value, or where they lie, in memory; `like` is a score."""
+    if value.device.type != "cpu" or like.device.type == "cpu":
+        return value.contiguous(), ONE_IN_MEMORY if value.dim() == 0 else ALL_IN_MEMORY
+    passed = value.view(-1).expand(exits).tolist()
+    if like.dtype != torch.float64:
+        return tuple(passed), VALUES
+    memory = like.new_empty(exits)
+    for one, number in zip(memory, passed, strict=True):
+        one.fill_(number)  # a copy would not be recorded in a graph
+    return memory, ALL_IN_MEMORY
 
 
 # Tickets --------------------------------------------------------------------------------------
