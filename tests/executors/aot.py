@@ -4,7 +4,7 @@
 `launches` runs an op of executor `triton` on tensors of the meta device and records each kernel
 with its arguments; `build` compiles a record as Triton's launcher would have: pointers and
 integers that are multiples of 16 are known to be, integers equal to 1 and absent tensors are
-constants.
+constants, unless the kernel says that it is not to be specialised.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def launches(function, *arguments) -> list[Launch]:
     found: list[Launch] = []
     kept = JITFunction.run
 
-    def record(self, *values, grid, warmup, num_warps=4, enable_fp_fusion, **named):
+    def record(self, *values, grid, warmup, num_warps=4, enable_fp_fusion=True, **named):
         names = [p.name for p in self.params]
         bound = dict(zip(names, values, strict=False)) | named
         found.append(Launch(self, grid, bound, num_warps, enable_fp_fusion))
@@ -65,13 +65,13 @@ def launches(function, *arguments) -> list[Launch]:
     return found
 
 
-def _describe(value, path, signature, constants, attributes):
+def _describe(value, path, signature, constants, attributes, special=True):
     if isinstance(value, tuple):
         inner = []
         for i, item in enumerate(value):
             _describe(item, (*path, i), inner, constants, attributes)
         signature.append(tuple(inner))
-    elif value is None or (isinstance(value, int) and value == 1):
+    elif value is None or (isinstance(value, int) and value == 1 and special):
         constants[path] = value
         signature.append("constexpr")
     elif isinstance(value, torch.Tensor):
@@ -79,14 +79,14 @@ def _describe(value, path, signature, constants, attributes):
         attributes[path] = DIVISIBLE  # tensors of the meta device have no address: aligned
     elif isinstance(value, int):
         signature.append("i32" if -(2**31) <= value < 2**31 else "i64")
-        if value % 16 == 0:
+        if value % 16 == 0 and special:
             attributes[path] = DIVISIBLE
     else:
         signature.append("fp32")
 
 
-def build(launch: Launch, target: str, **options):
-    """The compiled kernel."""
+def describe(launch: Launch):
+    """Types, constants and known alignments of the arguments: what one compilation serves."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -95,8 +95,15 @@ def build(launch: Launch, target: str, **options):
             constants[(i,)] = value
             continue
         described: list[Any] = []
-        _describe(value, (i,), described, constants, attributes)
+        special = not parameter.do_not_specialize
+        _describe(value, (i,), described, constants, attributes, special)
         signature[parameter.name] = described[0]
+    return signature, constants, attributes
+
+
+def build(launch: Launch, target: str, **options):
+    """The compiled kernel."""
+    signature, constants, attributes = describe(launch)
     kept = {"num_warps": launch.warps, "enable_fp_fusion": launch.fusion}
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     return compile(source, target=TARGETS[target], options=kept | options)

@@ -22,19 +22,27 @@ from msdkern.executors import triton as ours
 from msdkern.executors.triton import table
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = "tests/executors/triton_interpreted.py"
+# Tests in this folder, and those of the ops on this executor alone.
+INTERPRETED = {
+    "losses": ("tests/executors/triton_interpreted.py",),
+    "gates": ("tests/executors/triton_gates_interpreted.py", "tests/ops/test_gate.py",
+              "tests/ops/test_gate_errors.py", "tests/ops/test_compact.py"),
+}  # fmt: skip
 interpreting = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets"
 )
 
 
 @interpreting
-def test_the_kernels_in_the_interpreter():
+@pytest.mark.parametrize("family", INTERPRETED)
+def test_the_kernels_in_the_interpreter(family):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MSDKERN_TEST_DEVICE": "cpu"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "MSDKERN_TEST_DEVICE": "cpu",
+                   "MSDKERN_TEST_SERVERS": "triton"}  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.executors.interpreter"]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", HERE],
+        [*command, "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
+         "-k", "not threads", *INTERPRETED[family]],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]

@@ -200,7 +200,7 @@ def test_every_logit_is_read_once_and_none_of_rows_that_have_left(
     score = torch.rand(3, 9, generator=generator(3)) if measure == "score" else None
     limit = {"entropy": 2.5, "normalized_entropy": 0.7, "max_logit": 4.5, "patience": 1.0}
     out = msdkern.exit_gate(z, limit.get(measure, 0.4), measure, score=score)
-    assert 0 < int((out.exit_index == 0).sum()) + int(measure == "patience")
+    assert int((out.exit_index == 0).sum()) > 0 or measure == "patience"
     assert int((out.exit_index == 2).sum()) > 0
     for k, x in enumerate(z):
         rows = (out.exit_index >= k).nonzero()[:, 0].tolist()
@@ -258,8 +258,3 @@ def test_more_tensors_than_one_launch_copies():
     tensors = [torch.arange(3.0) + i for i in range(gate_launch.TENSORS + 3)]
     found = msdkern.compact_rows(tensors, torch.tensor([2, 0]), 2)
     assert [t.tolist() for t in found] == [[2.0 + i, 0.0 + i] for i in range(len(tensors))]
-
-
-def test_the_table_of_reasons():
-    for op in ("exit_gate", "gate_step", "compact_rows", "scatter_rows"):
-        assert msdkern.executors.table()[op]["triton"] is None

@@ -220,14 +220,9 @@ def test_full_graph():
             assert exact_equal(*gradients)
 
 
-LOSS_FAMILY = ("multi_exit_loss", "multi_exit_row_losses", "multi_exit_softmax", "exit_statistics")
-
-
-def test_the_table_of_reasons():
+def test_it_serves_every_op():
     from msdkern import executors
 
     assert executors.device_type("triton") == "cpu"
-    table = executors.table()
-    assert all(table[op]["triton"] is None for op in LOSS_FAMILY), table
-    assert table["gate_step"]["triton"] == "executor 'triton' does not serve gate_step"
+    assert {cells["triton"] for cells in executors.table().values()} == {None}
     assert executors.select("multi_exit_loss", "cpu") != "triton"  # only where it is asked for

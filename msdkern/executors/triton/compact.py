@@ -58,8 +58,8 @@ def copy_words(
         from_row, to_row = row, chosen
         inside = used
     part = tl.arange(0, PARTS)[None, :]
-    source = (entry[SOURCE] * SIZE).to(tl.pointer_type(TYPE))
-    target = (entry[TARGET] * SIZE).to(tl.pointer_type(TYPE))
+    source = tl.multiple_of((entry[SOURCE] * SIZE).to(tl.pointer_type(TYPE)), SIZE)
+    target = tl.multiple_of((entry[TARGET] * SIZE).to(tl.pointer_type(TYPE)), SIZE)
     from_word = (from_row * entry[SOURCE_STEP] + word)[:, None] * PARTS + part
     to_word = (to_row * entry[TARGET_STEP] + word)[:, None] * PARTS + part
     x = tl.load(source + from_word, mask=used[:, None], other=0)

@@ -39,7 +39,7 @@ ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
 ONE_EXIT_SWEEP = (4096, 8)
 # Classes of a row that a gate holds, with so many warps. In a sweep every thread keeps the findings
 # of as many lanes as it loads classes at once, and has so many classes in hand.
-GATE_HELD = ((1024, 4), (2048, 4), (8192, 8))
+GATE_HELD = ((1024, 4), (2048, 4), (4096, 8))
 GATE_SWEEP_WARPS = 8
 LOADED_AT_ONCE = 16  # bytes
 GATE_SWEPT = 16
