@@ -133,6 +133,15 @@ _CUDA = (
         family="statistics",
         formulations=PER_EXIT,
     ),
+    *(
+        Case(name, 1, *shape, "none", 1.0, dtype, "gate", formulations=GATES)
+        for name, shape, dtype in (
+            ("gpu_tiny_gate", (256, 10), "float32"),
+            ("gpu_cifar100_gate", (65536, 100), "float32"),
+            ("gpu_imagenet_gate_bf16", (65536, 1000), "bfloat16"),
+            ("gpu_wide_gate_bf16", (8192, 32000), "bfloat16"),
+        )
+    ),
 )
 
 CASES: dict[str, Case] = {case.name: case for case in (*_LOSS, *_READ)}

@@ -187,8 +187,21 @@ def small_set() -> int:
                 (rows.cross_entropy + rows.divergence).sum().backward()
                 msdkern.multi_exit_softmax(z, 2.0)[0].sum().backward()
                 msdkern.exit_statistics(z)
+                if executors.table()["gate_step"][name] is None:
+                    small_gates(z)
     torch.cuda.synchronize()
     return 0
+
+
+def small_gates(z: list[Any]) -> None:
+    """Gates over the same logits, and the rows that stay, there and back."""
+    import msdkern
+
+    for measure in ("confidence", "margin", "entropy", "patience"):
+        msdkern.exit_gate(z, 0.5, measure)
+    step = msdkern.gate_step(z[0].detach(), 0.5)
+    x = (z[1].detach(), step.prediction, step.score.half())
+    msdkern.scatter_rows(x, msdkern.compact_rows(x, step.stay, step.count), step.stay, step.count)
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,9 @@
 It runs on the current stream, allocates only through PyTorch, never waits for the device, and may
 be captured into a CUDA graph. What would need the host to read device memory is therefore not
 raised: a row whose label is out of range, and everything under a temperature or normalizer in a
-device tensor that is not positive, becomes NaN, and nothing is read out of bounds.
+device tensor that is not positive, becomes NaN, and nothing is read out of bounds. A gate whose
+temperature or threshold is no such number lets no row leave, and a row that does not exist is zero
+where it is gathered and written nowhere.
 MSDKERN_CHECK=1 in the environment checks these values on the host instead, at the price of a
 synchronisation per call.
 
