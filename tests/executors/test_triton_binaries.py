@@ -125,6 +125,18 @@ def test_a_sweep_reads_twice_and_writes_once():
     assert (sum(touched["ld"]), sum(touched["st"])) == (2 * once, once)
 
 
+@pytest.mark.parametrize("case", [(32, 32000, "mutual"), (32, 100, "last"), (17, 1000, "next")])
+def test_many_exits_are_an_axis(case):
+    """The code, and what a thread holds, do not grow with the exits."""
+    exits, classes, pairs = case
+    found = loss_launch(exits, classes, torch.bfloat16, pairs)
+    assert found.kernel.__name__ == "stacked_kernel"
+    target = NVIDIA[exits % 3]
+    binary = aot.examine(aot.build(found, target), target)
+    assert binary.spilled == 0
+    assert binary.registers <= 128
+
+
 def metas(count, rows, classes, dtype=torch.float32):
     return [torch.empty(rows, classes, dtype=dtype, device="meta") for _ in range(count)]
 

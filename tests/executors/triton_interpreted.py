@@ -101,6 +101,69 @@ def test_sweeps(number, classes, sweeping):
     check_rows(make_case(PLAIN | chosen, (3, 2, classes)), TRITON)
 
 
+@pytest.fixture
+def stacking(monkeypatch):
+    """Exits as an axis of the tile, however few; blocks of 16 classes."""
+    monkeypatch.setattr(table, "EXITS_APART", 0)
+    monkeypatch.setattr(table, "stacked_plan", lambda *a: table.Plan(False, 1, 16, 4))
+
+
+STACKED = [
+    ((3, 4, 37), {"pairs": "mutual", "ignored": 0.3, "exit_weight": 2}),
+    ((3, 4, 37), {"pairs": "deeper", "layout": "slice", "exit_weight": 1, "upstream": 3.0}),
+    ((5, 3, 16), {"pairs": "next", "layout": "expanded", "label_smoothing": 0.1}),
+    ((4, 3, 33), {"pairs": "last", "target": "probabilities", "class_weight": True}),
+    ((4, 3, 33), {"pairs": "mutual", "divergence": "soft_ce", "target": "probabilities"}),
+    ((3, 3, 20), {"pairs": "deeper", "divergence": "soft_ce", "layout": "stacked"}),
+    ((3, 3, 20), {"pairs": "next", "divergence": "soft_ce", "temperature": 0.5}),
+    ((3, 3, 20), {"pairs": "last", "divergence": "soft_ce", "label_smoothing": 0.1}),
+    ((2, 4, 9), {"pairs": None, "class_weight": True, "label_smoothing": 0.1}),
+    ((2, 4, 9), {"pairs": None, "class_weight": True, "reduction": "sum"}),
+    ((2, 4, 9), {"target": None, "pairs": "deeper", "normalizer": 3.5, "upstream": -0.75}),
+    ((1, 3, 1), {"pairs": "mutual"}),
+    ((1, 3, 5), {"pairs": "deeper", "ignored": 1.0}),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("number", range(len(STACKED)))
+def test_exits_as_an_axis(number, form, stacking):
+    shape, chosen = STACKED[number]
+    FORMS[form](make_case(PLAIN | {"dtype": DTYPES[number % 4]} | chosen, shape), TRITON)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_exits_as_an_axis_for_every_kind_of_logits(kind, stacking):
+    dtypes = itertools.cycle(DTYPES[1:])
+    for pairs in ("mutual", "last", "deeper", "next"):
+        chosen = {"kind": kind, "pairs": pairs, "dtype": next(dtypes)}
+        check_loss(make_case(PLAIN | chosen, (3, 2, 21)), TRITON)
+
+
+@pytest.mark.parametrize("pairs", ["mutual", "last", "deeper", "next", "matrix"])
+@pytest.mark.parametrize("axis", [False, True])
+def test_an_exit_without_a_softmax(axis, pairs, request):
+    """A NaN stays in its exit's cross entropy, in its row and in what learns from it; and where
+    only some exits want a gradient."""
+    if axis:
+        request.getfixturevalue("stacking")
+    z = make_logits("random", (4, 3, 21), torch.float32)
+    z[3][1, 5] = torch.nan
+    z[0][2] = -torch.inf
+    y, weight = torch.tensor([0, 1, 2]), msdkern.pairs.next(4) if pairs == "matrix" else pairs
+    outcomes = []
+    for server in ("eager", "triton"):
+        leaves = [x.clone().requires_grad_(k in (0, 2)) for k, x in enumerate(z)]
+        with msdkern.executor(server):
+            out = msdkern.multi_exit_loss(leaves, y, pair_weight=weight)
+            rows = msdkern.multi_exit_row_losses(leaves, y, pair_weight=weight)
+            out.loss.backward()
+        found = (out.prediction, rows.cross_entropy.detach(), rows.divergence.detach())
+        outcomes.append([*found, leaves[0].grad, leaves[2].grad])
+    for ours, theirs in zip(*reversed(outcomes), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 def exact_equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -6,10 +6,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import weigh
+from .math import reciprocal, scalar, weigh
 from .rows import GROUP, add, at, batch_is_complete, column_sums
 
+NO_TARGET = tl.constexpr(0)
+LABELS = tl.constexpr(1)
 PROBABILITIES = tl.constexpr(2)
+# Whether the normalisers of a mean are not needed, counted by every program, or counted before.
+COUNT_LATER = tl.constexpr(0)
+COUNT_HERE = tl.constexpr(1)
+COUNTED = tl.constexpr(2)
 LABELS_AT_ONCE = tl.constexpr(1024)
 
 
@@ -62,6 +68,53 @@ def count_kernel(
         groups = tl.cdiv(tl.num_programs(0), GROUP)
         total = column_sums(group_sums, groups, column, column < 2, 2)
         tl.store(counts + column, total.to(REAL))
+
+
+@triton.jit
+def mean_shares(
+    label, class_weight, ignore_index, normalizer, counts, rows, classes, POINTERS: tl.constexpr,
+    MEAN: tl.constexpr, NORMALIZED: tl.constexpr, COUNTING: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """(3) r of the cross entropies and of the divergences, as far as it is known before the end."""
+    r_ce = tl.full((), 1.0, REAL)
+    r_row = tl.full((), 1.0, REAL)
+    if NORMALIZED:
+        r_ce = share_of(scalar(normalizer, POINTERS & 4, REAL))
+        r_row = r_ce
+    elif COUNTING == COUNT_HERE:
+        valid_rows, weights = count_labels(
+            label, class_weight, ignore_index, 0, rows, classes, REAL
+        )
+        r_ce, r_row = reciprocal(weights), reciprocal(valid_rows)
+    elif COUNTING == COUNTED:
+        r_row, r_ce = reciprocal(tl.load(counts)), reciprocal(tl.load(counts + 1))
+    elif MEAN:
+        r_ce = r_ce / rows
+        r_row = r_ce
+    return r_ce, r_row
+
+
+@triton.jit
+def read_labels(
+    label, class_weight, ignore_index, row, present, classes, TARGET: tl.constexpr,
+    REAL: tl.constexpr,
+):  # fmt: skip
+    """(4) Which rows count, their labels, which of these are known, NaN where one is out of range,
+    for which nothing is read, and the class weight of the label."""
+    valid = present
+    known = present
+    y = tl.full(row.shape, -1, tl.int64)
+    poison = tl.zeros(row.shape, REAL)
+    on_label = tl.zeros(row.shape, REAL)
+    if TARGET == LABELS:
+        y = tl.load(label + row, mask=present, other=ignore_index)
+        valid = present & (y != ignore_index)
+        known = valid & (y >= 0) & (y < classes)
+        poison = tl.where(valid & (known == 0), float("nan"), 0.0).to(REAL)
+        on_label = tl.where(known, 1.0, 0.0).to(REAL)
+        if class_weight is not None:
+            on_label = tl.load(class_weight + y, mask=known, other=0)
+    return valid, y, known, poison, on_label
 
 
 # (1) Cross entropy ------------------------------------------------------------------------------

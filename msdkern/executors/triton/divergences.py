@@ -138,7 +138,7 @@ def any_teachers(
         if DIVERGENCE == FORWARD_KL:
             between = gap_between(inverse[i], inverse[j], gap[i], gap[j])
             moment += weigh(taught, (x[j] - x[i]) + between[:, None])
-    gradient = forward_kl_gradient(q_i, n[:, None], mass)
+    gradient = forward_kl_gradient(tl.where(n[:, None] == 0, 0.0, q_i), n[:, None], mass)
     if DIVERGENCE == SOFT_CE:
         value = -weigh(mass, x[i] - log_t[i][:, None])
     else:

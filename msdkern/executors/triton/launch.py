@@ -24,6 +24,7 @@ from .cross_entropy import count_kernel
 from .loss import loss_kernel
 from .rows import GROUP
 from .softmax import scale_kernel, softmax_backward_kernel, softmax_kernel, statistics_kernel
+from .stacked import stacked_kernel
 from .tensors import (
     REAL,
     Exits,
@@ -108,7 +109,12 @@ class _Loss:
         kind = "direct" if direct or given.pairs == "none" else "general"
         double = self.real == torch.float64
         vector = min(z[0].step, 16 // self.like.element_size())
-        plan = table.loss_plan(count, self.classes, vector, kind, double)
+        stacked = kind == "direct" and not matrix and given.pairs != "dense"
+        stacked = stacked and self.exits > table.EXITS_APART
+        if stacked:
+            plan = table.stacked_plan(self.exits, self.classes, double)
+        else:
+            plan = table.loss_plan(count, self.classes, vector, kind, double)
         programs = -(-self.rows // plan.rows)
         wants_gradient = any(g is not None for g in gradient)
         fields = 3 * self.exits + 2 + (self.exits * count if matrix else 0)
@@ -136,7 +142,7 @@ class _Loss:
                 self.like,
             )
             target = 0 if given.target is None else 1 if self.label is not None else 2
-            loss_kernel[(programs,)](
+            (stacked_kernel if stacked else loss_kernel)[(programs,)](
                 tensors, strides, gradient, self.label, self.probability,
                 0 if self.probability is None else self.probability.stride(0),
                 given.class_weight, given.exit_weight, given.pair_weight, *upstream,

@@ -13,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import count_labels, dense_values, mass_tile, mass_total, row_weight, share_of
+from .cross_entropy import (
+    LABELS,
+    NO_TARGET,
+    dense_values,
+    mass_tile,
+    mass_total,
+    mean_shares,
+    read_labels,
+    row_weight,
+)
 from .divergences import NONE, pair_tile, share
 from .math import JSD, positive, reciprocal, scalar
 from .rows import (
@@ -28,9 +37,7 @@ from .rows import (
     start,
 )
 from .sweeps import (
-    LABELS,
     LARGE,
-    NO_TARGET,
     ROW_BACKWARD,
     SCALAR,
     close_all,
@@ -44,12 +51,6 @@ from .sweeps import (
     swept_pair,
     swept_rows,
 )
-
-# Whether the normalisers of a mean are not needed, counted by every program, or counted before.
-COUNT_LATER = tl.constexpr(0)
-COUNT_HERE = tl.constexpr(1)
-COUNTED = tl.constexpr(2)
-
 
 # The batch --------------------------------------------------------------------------------------
 # What a program adds up: [K] cross entropies, [K] weighted ones, [K] divergences, valid rows, the
@@ -121,37 +122,14 @@ def loss_kernel(
     if DIVERGENCE == JSD:
         b = scalar(beta, POINTERS & 16, REAL)
 
-    # (4) Labels. One out of range makes its row NaN; nothing is read for it.
-    valid = present
-    y = tl.full((ROWS,), -1, tl.int64)
-    poison = tl.zeros((ROWS,), REAL)
-    on_label = tl.zeros((ROWS,), REAL)
-    if TARGET == LABELS:
-        y = tl.load(label + row, mask=present, other=ignore_index)
-        valid = present & (y != ignore_index)
-        known = valid & (y >= 0) & (y < classes)
-        poison = tl.where(valid & (known == 0), float("nan"), 0.0).to(REAL)
-        on_label = tl.where(known, 1.0, 0.0).to(REAL)
-        if class_weight is not None:
-            on_label = tl.load(class_weight + y, mask=known, other=0)
+    valid, y, known, poison, on_label = read_labels(
+        label, class_weight, ignore_index, row, present, classes, TARGET, REAL
+    )
     label_weight = on_label
-
-    # (3) r of the two parts, as far as it is known now.
-    r_ce = tl.full((), 1.0, REAL)
-    r_row = tl.full((), 1.0, REAL)
-    if NORMALIZED:
-        r_ce = share_of(scalar(normalizer, POINTERS & 4, REAL))
-        r_row = r_ce
-    elif COUNTING == COUNT_HERE:
-        valid_rows, weights = count_labels(
-            label, class_weight, ignore_index, 0, rows, classes, REAL
-        )
-        r_ce, r_row = reciprocal(weights), reciprocal(valid_rows)
-    elif COUNTING == COUNTED:
-        r_row, r_ce = reciprocal(tl.load(counts)), reciprocal(tl.load(counts + 1))
-    elif MEAN:
-        r_ce = r_ce / rows
-        r_row = r_ce
+    r_ce, r_row = mean_shares(
+        label, class_weight, ignore_index, normalizer, counts, rows, classes, POINTERS, MEAN,
+        NORMALIZED, COUNTING, REAL,
+    )  # fmt: skip
 
     # Softmaxes.
     c = tl.arange(0, BLOCK)

@@ -145,5 +145,12 @@ def normalisers(s, COUNT: tl.constexpr, REFERENCE: tl.constexpr):
     for r in tl.static_range(COUNT):
         inverse = inverse + (1 / s[r],)
     for r in tl.static_range(COUNT):
-        gap = gap + (log_ratio(inverse[REFERENCE], inverse[r]),)
+        gap = gap + (gap_to(inverse[REFERENCE], inverse[r]),)
     return inverse, gap
+
+
+@triton.jit
+def gap_to(reference, inverse):
+    """log(reference / inverse). Any reference serves exits that do not learn from it, where it has
+    no softmax."""
+    return log_ratio(tl.where(reference == reference, reference, 1.0), inverse)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .cross_entropy import LABELS
 from .divergences import (
     DEEPER,
     DENSE,
@@ -38,8 +39,6 @@ from .rows import add, at, close, first_class, load_exits
 SCALAR = tl.constexpr(0)
 ROW_LOSSES = tl.constexpr(1)
 ROW_BACKWARD = tl.constexpr(2)
-NO_TARGET = tl.constexpr(0)
-LABELS = tl.constexpr(1)
 LARGE = tl.constexpr(1 << 30)  # beyond every class
 
 
@@ -200,9 +199,8 @@ def direct_tile(
     # Any finite reference is as good where the deepest exit's class is masked.
     deepest = tl.where(deepest == float("-inf"), 0.0, deepest)
     deepest_q = e[K - 1] * inverse[K - 1][:, None]
-    mass = 0 * deepest_q
-    moment = 0 * deepest_q
-    excess = 0 * deepest_q
+    nothing = tl.zeros(deepest_q.shape, REAL)
+    mass, moment, excess = nothing, nothing, nothing
     if PAIRS == MUTUAL:
         excess, moment = mutual_sums(
             x, e, inverse, gap, deepest, deepest_q, K, DIVERGENCE == FORWARD_KL
@@ -210,10 +208,9 @@ def direct_tile(
         mass = excess + K * deepest_q
     found = ()
     for i in tl.static_range(K - 1, -1, -1):
-        tile = 0 * deepest_q
-        step = tile
+        tile, step = nothing, nothing
         q = e[i] * inverse[i][:, None]
-        if PAIRS == MUTUAL or PAIRS == DEEPER:
+        if PAIRS == MUTUAL or (PAIRS == DEEPER and i < K - 1):
             d = (x[i] - deepest) - gap[i][:, None]
             if PAIRS == MUTUAL:
                 # The student's own share adds nothing, so one sum serves all.
@@ -225,10 +222,6 @@ def direct_tile(
                 tile = -weigh(others, x[i] - log_t[i][:, None])
             else:
                 tile = forward_kl_value(step, d, mass, moment)
-            if PAIRS == DEEPER:
-                mass += q
-                if DIVERGENCE == FORWARD_KL:
-                    moment += weigh(q, d)
         elif PAIRS == LAST or PAIRS == NEXT:
             if i < K - 1:
                 tile, step = one_teacher(
@@ -239,6 +232,10 @@ def direct_tile(
                 x, e, inverse, gap, log_t, pair_weight, row, rows, i, PAIR_ROWS, DIVERGENCE,
                 COUNT, REAL,
             )  # fmt: skip
+        if PAIRS == DEEPER:
+            mass += q
+            if DIVERGENCE == FORWARD_KL:
+                moment += weigh(q, (x[i] - deepest) - gap[i][:, None])
         if WIDE:
             found = found + (value[i] + tile if PAIRS != NONE else value[i],)
         else:

@@ -34,6 +34,10 @@ SWEEPS = {
     "general": ((4, 512, 8), (64, 256, 8)),
 }
 CLASSES_PER_WARP = 32  # at least, in a sweep
+# More exits than so many are an axis of the tile, where the formulas are O(K); the elements of such
+# a tile, and of a thread's part of it.
+EXITS_APART = 16
+STACKED, STACKED_EACH = 2048, 8
 # The same for kernels that see one exit at a time.
 ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
 ONE_EXIT_SWEEP = (4096, 8)
@@ -66,6 +70,14 @@ def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) ->
     step, warps = next((b, w) for most, b, w in SWEEPS[kind] if exits <= most)
     block = min(block, step // halved)
     return Plan(False, 1, block, max(1, min(warps, block // CLASSES_PER_WARP)))
+
+
+@functools.lru_cache(maxsize=4096)
+def stacked_plan(exits: int, classes: int, double: bool) -> Plan:
+    block = STACKED // (power_of_two(exits) * (2 if double else 1))
+    block = max(1, min(block, power_of_two(classes)))
+    warps = block * power_of_two(exits) // (THREADS * STACKED_EACH)
+    return Plan(False, 1, block, max(1, warps))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of many exits: they are an axis of the tile, so that the code does not grow with them.
+
+Forward KL and soft cross entropy with detached teachers and named pair weights, in O(K). A program
+takes one sample; a tile is [WIDTH, BLOCK], exits by classes, and what the other kernel keeps of
+every exit by itself is one vector [WIDTH] here, spread over the threads. Classes are swept as
+there: once for the normalisers, then from the last block back to the first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cross_entropy import LABELS, NO_TARGET, mass_tile, mass_total, mean_shares, read_labels
+from .divergences import DEEPER, LAST, MUTUAL, NEXT, NONE
+from .loss import finish
+from .math import (
+    SOFT_CE,
+    forward_kl_gradient,
+    forward_kl_value,
+    gap_between,
+    positive,
+    scalar,
+    weigh,
+)
+from .rows import at, batch_is_complete, gap_to
+from .sweeps import LARGE, ROW_BACKWARD, SCALAR, label_gradient, swept_rows
+
+
+@triton.constexpr_function
+def present_one(pointers):
+    """An exit that has a pointer."""
+    return next(i for i, pointer in enumerate(pointers) if pointer is not None)
+
+
+@triton.jit
+def stack(pointers, strides, row, k, K: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr):
+    """[WIDTH] pointers to a row of exit k + SHIFT, and whether there is one."""
+    ANY: tl.constexpr = present_one(pointers)
+    where = at(pointers[ANY], row, strides[ANY], STEP) + 0 * k
+    there = k < 0
+    for i in tl.static_range(K):
+        if pointers[i] is not None:
+            mine = k + SHIFT == i
+            where = tl.where(mine, at(pointers[i], row, strides[i], STEP), where)
+            there = there | mine
+    return where, there
+
+
+@triton.jit
+def of_next(x, k):
+    """x[k + 1], and 0 where there is none: a vector [WIDTH]."""
+    return tl.sum(tl.where((k + 1)[:, None] == k[None, :], x[None, :], 0.0), 1)
+
+
+@triton.jit
+def of_deepest(x, k, K: tl.constexpr):
+    """The deepest exit's classes [1, BLOCK]."""
+    return tl.sum(tl.where((k == K - 1)[:, None], x, 0.0), 0)[None, :]
+
+
+@triton.jit
+def softmax_tile(where, there, c, classes, m, inverse_t, inverse, REAL: tl.constexpr):
+    """x, e and q of one block of classes; e and q are 0 for exits that are not there."""
+    inside = there[:, None] & (c < classes)[None, :]
+    z = tl.load(where[:, None] + c[None, :], mask=inside, other=float("-inf")).to(REAL)
+    x = (z - m[:, None]) * inverse_t
+    e = tl.exp(x)
+    return x, e, e * inverse[:, None]
+
+
+@triton.jit
+def one_teacher(
+    x, q, inverse, gap, log_t, y, taught, inverse_y, gap_y, has_teacher, DIVERGENCE: tl.constexpr
+):
+    """`last` and `next`: (2) values, and (6) gradients less 1 / T. `taught` is q of the teacher."""
+    step = tl.where(has_teacher, forward_kl_gradient(q, 1.0, taught), 0.0)
+    if DIVERGENCE == SOFT_CE:
+        value = -weigh(taught, x - log_t[:, None])
+    else:
+        d = (x - y) + gap_between(inverse_y, inverse, gap_y, gap)[:, None]
+        value = forward_kl_value(step, d, taught, 0.0)
+    return tl.where(has_teacher, value, 0.0), step
+
+
+@triton.jit
+def all_students(
+    x, q, inverse, gap, log_t, y, q_next, k, PAIRS: tl.constexpr, DIVERGENCE: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """(2) Values of every exit as a student, and (6) gradients less 1 / T, on one tile. y and
+    q_next are x and q of the next deeper exit."""
+    has_teacher = (k < K - 1)[:, None]
+    deepest = of_deepest(x, k, K)
+    deepest_q = of_deepest(q, k, K)
+    if PAIRS == NEXT:
+        value, step = one_teacher(
+            x, q, inverse, gap, log_t, y, q_next, of_next(inverse, k), of_next(gap, k),
+            has_teacher, DIVERGENCE,
+        )  # fmt: skip
+    elif PAIRS == LAST:
+        inverse_y = tl.sum(tl.where(k == K - 1, inverse, 0.0), 0) + 0 * gap
+        value, step = one_teacher(
+            x, q, inverse, gap, log_t, deepest, deepest_q, inverse_y, 0 * gap, has_teacher,
+            DIVERGENCE,
+        )  # fmt: skip
+    else:
+        # Any finite reference is as good where the deepest exit's class is masked.
+        reference = tl.where(deepest == float("-inf"), 0.0, deepest)
+        d = (x - reference) - gap[:, None]
+        if PAIRS == MUTUAL:
+            # The student's own share adds nothing, so one sum serves all.
+            excess = tl.sum(tl.where((k < K)[:, None], q - deepest_q, 0.0), 0)[None, :]
+            mass = excess + K * deepest_q
+            moment = tl.sum(weigh(q, d), 0)[None, :]
+            step = forward_kl_gradient(q - deepest_q, K, excess)
+            others = mass - q
+        else:
+            mass = tl.cumsum(q_next, 0, reverse=True)
+            moment = weigh(q_next, (y - reference) - of_next(gap, k)[:, None])
+            moment = tl.cumsum(moment, 0, reverse=True)
+            step = forward_kl_gradient(q, (K - 1 - k).to(x.dtype)[:, None], mass)
+            step = tl.where(has_teacher, step, 0.0)
+            others = mass
+        if DIVERGENCE == SOFT_CE:
+            value = -weigh(others, x - log_t[:, None])
+        else:
+            value = forward_kl_value(step, d, mass, moment)
+        if PAIRS == DEEPER:
+            value = tl.where(has_teacher, value, 0.0)
+    return value, step
+
+
+@triton.jit
+def share_of_pairs(k, PAIRS: tl.constexpr, K: tl.constexpr, REAL: tl.constexpr):
+    """(3) By what sum_j D_ij of a named weight is multiplied: a vector [WIDTH]."""
+    one = tl.full(k.shape, 1.0, REAL)
+    if PAIRS == MUTUAL:
+        one = one / (K - 1)
+    elif PAIRS == DEEPER:
+        one = one / tl.maximum(K - 1 - k, 1)
+    return one
+
+
+@triton.jit
+def stacked_kernel(
+    z, strides, gradient, label, probability, probability_stride, class_weight, exit_weight,
+    pair_weight, upstream_ce, upstream_divergence, temperature, pair_scale, normalizer, smoothing,
+    beta, loss, cross_entropy, divergence, matrix, prediction, confidence, counts, sums,
+    group_sums, tickets, ignore_index, rows, class_steps,
+    POINTERS: tl.constexpr, FORM: tl.constexpr, PAIRS: tl.constexpr, DIVERGENCE: tl.constexpr,
+    DETACH: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr, NORMALIZED: tl.constexpr,
+    COUNTING: tl.constexpr, GRADIENT: tl.constexpr, MATRIX: tl.constexpr, TARGET: tl.constexpr,
+    SMOOTH: tl.constexpr, EXIT_ROWS: tl.constexpr, PAIR_ROWS: tl.constexpr,
+    RESIDENT: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """Takes what `loss_kernel` takes; of a matrix of weights or of pairs, nothing is looked at."""
+    DIVERGENT: tl.constexpr = PAIRS != NONE
+    DENSE_TARGET: tl.constexpr = TARGET == 2 or (TARGET == 1 and SMOOTH)
+    FIELDS: tl.constexpr = 3 * K + 2
+    classes = class_steps * STEP
+    n = tl.program_id(0).to(tl.int64)
+    row = n + tl.arange(0, 1)
+    k = tl.arange(0, WIDTH)
+    where, there = stack(z, strides, n, k, K, STEP, 0)
+    place = k.to(tl.int64) * rows + n
+    t = positive(scalar(temperature, POINTERS & 1, REAL))
+    scale = scalar(pair_scale, POINTERS & 2, REAL)
+    if SQUARED:
+        scale = scale * t * t
+    inverse_t = 1 / t if DIVERGENT else tl.full((), 1.0, REAL)
+    valid, y, known, poison, on_label = read_labels(
+        label, class_weight, ignore_index, row, row < rows, classes, TARGET, REAL
+    )
+    label_weight = on_label
+    r_ce, r_row = mean_shares(
+        label, class_weight, ignore_index, normalizer, counts, rows, classes, POINTERS, MEAN,
+        NORMALIZED, COUNTING, REAL,
+    )  # fmt: skip
+
+    # Softmaxes: exits as rows.
+    m, s, one, index = swept_rows(
+        (where,), (0,), 0 * place, there, classes, inverse_t, 1, 1, DIVERGENT, FORM == SCALAR,
+        STEP, WIDTH, BLOCK, REAL,
+    )  # fmt: skip
+    m, index = m[0], index[0]
+    m = tl.where(there, m, 0.0)
+    s = tl.where(there, s[0], 1.0)
+    one = tl.where(there, one[0], 1.0)
+    inverse = 1 / s
+    gap = gap_to(tl.sum(tl.where(k == K - 1, inverse, 0.0), 0), inverse)
+    if FORM == SCALAR:
+        tl.store(confidence + place, 1 / one, mask=there)
+        first = tl.where(index < 0, index + LARGE, index)
+        tl.store(prediction + place, first.to(tl.int64), mask=there)
+
+    # (1) Cross entropies, and the scales of gradients.
+    smooth = tl.zeros((), REAL)
+    keep = tl.full((), 1.0, REAL)
+    total_mass = on_label
+    u = tl.zeros((1, BLOCK), REAL)
+    if DENSE_TARGET:
+        if SMOOTH:
+            spread = scalar(smoothing, POINTERS & 8, REAL)
+            smooth, keep = spread / classes, 1 - spread
+        on_label = on_label * keep
+        total_mass = mass_total(
+            probability, probability_stride, class_weight, row, row < rows, classes, y, on_label,
+            smooth, keep, TARGET, 1, BLOCK, REAL,
+        )  # fmt: skip
+    log_t, log_one = tl.log(s), tl.log(one)
+    up_ce, up_divergence = r_ce + 0 * one, r_row + 0 * one
+    if FORM == ROW_BACKWARD:
+        up_ce = tl.load(upstream_ce + place, mask=there, other=0)
+        up_divergence = tl.load(upstream_divergence + place, mask=there, other=0)
+    a = tl.full((WIDTH,), 1.0, REAL)
+    if exit_weight is not None:
+        a = tl.load(exit_weight + (place if EXIT_ROWS else k), mask=there, other=0)
+    ce = poison + 0 * m
+    if TARGET == LABELS and not DENSE_TARGET:
+        z_y = tl.load(where + y, mask=there & known, other=0).to(REAL)
+        ce = on_label * (log_one - (z_y - m)) + poison
+    label_scale = a * up_ce if TARGET != NO_TARGET else 0 * one
+    p_scale = label_scale * total_mass / one + poison
+    u_scale = label_scale if DENSE_TARGET else label_scale * on_label
+    share = share_of_pairs(k, PAIRS, K, REAL)
+    pair_factor = up_divergence * scale * share * inverse_t
+
+    # (2), (6) Divergences and gradients.
+    value = tl.zeros((WIDTH, BLOCK), REAL)
+    dense_ce = tl.zeros((WIDTH, BLOCK), REAL)
+    back = t if DIVERGENT else 1.0  # from x at the temperature to x at 1
+    blocks = tl.cdiv(classes, BLOCK)
+    if PAIRS == NEXT or PAIRS == DEEPER:
+        after, has_next = stack(z, strides, n, k, K, STEP, 1)
+        m_next, inverse_next = of_next(m, k), of_next(inverse, k)
+    if GRADIENT:
+        target, wanted = stack(gradient, (class_steps,) * K, n, k, K, STEP, 0)
+    if PAIRS != NONE or GRADIENT or DENSE_TARGET:
+        for b in range(0, blocks):
+            c = (blocks - 1 - b) * BLOCK + tl.arange(0, BLOCK)
+            x, e, q = softmax_tile(where, there, c, classes, m, inverse_t, inverse, REAL)
+            if DENSE_TARGET:
+                u = mass_tile(
+                    probability, probability_stride, class_weight, row, c,
+                    (row < rows)[:, None] & (c < classes)[None, :], classes, y, on_label, smooth,
+                    keep, TARGET, REAL,
+                )  # fmt: skip
+                dense_ce += weigh(u, log_one[:, None] - x * back)
+            g = label_gradient(x, e, u, c, y, t, p_scale, u_scale, DIVERGENT, TARGET, DENSE_TARGET)
+            if PAIRS != NONE:
+                x_next, q_next = x, q
+                if PAIRS == NEXT or PAIRS == DEEPER:
+                    x_next, _, q_next = softmax_tile(
+                        after, has_next, c, classes, m_next, inverse_t, inverse_next, REAL
+                    )
+                v, step = all_students(
+                    x, q, inverse, gap, log_t, x_next, q_next, k, PAIRS, DIVERGENCE, K
+                )
+                value += v
+                g = tl.fma(step, pair_factor[:, None], g)
+            if GRADIENT:
+                g = tl.where(valid[:, None], g, 0.0).to(target.dtype.element_ty)
+                inside = wanted[:, None] & (c < classes)[None, :]
+                tl.store(target[:, None] + c[None, :], g, mask=inside, cache_modifier=".cs")
+
+    # (3) Sums.
+    if DENSE_TARGET:
+        ce = tl.sum(dense_ce, 1) + poison
+    ce = tl.where(valid, ce, 0.0)
+    d = tl.where(valid, tl.sum(value, 1) * share * scale, 0.0)
+    mine = sums + n * FIELDS + k if FORM == SCALAR else sums
+    if FORM == SCALAR:
+        tl.store(mine, ce, mask=there)
+        tl.store(mine + K, a * ce, mask=there)
+        tl.store(mine + 2 * K, d, mask=there)
+        counted = tl.where(valid, 1.0, 0.0).to(REAL)
+        weight = counted
+        if TARGET == LABELS and class_weight is not None:
+            weight = tl.where(valid, label_weight, 0.0)
+        last = sums + n * FIELDS + 3 * K + tl.arange(0, 1)
+        tl.store(last, counted)
+        tl.store(last + 1, weight)
+        if batch_is_complete(sums, group_sums, tickets, FIELDS):
+            finish(
+                group_sums, loss, cross_entropy, divergence, matrix, r_row, MEAN, NORMALIZED,
+                False, K, COUNT, WIDTH, FIELDS,
+            )  # fmt: skip
+    elif FORM != ROW_BACKWARD:
+        tl.store(cross_entropy + place, a * ce, mask=there)
+        tl.store(divergence + place, d, mask=there)
