@@ -81,7 +81,7 @@ def test_a_row_set_in_registers_does_not_spill(case):
         pytest.skip("swept")
     for target in NVIDIA if EVERYTHING else (NVIDIA[HELD.index(case) % 3],):
         binary = aot.examine(aot.build(found, target), target)
-        assert not under_pressure(binary), f"{target}: {binary}"
+        assert not under_pressure(binary) if EVERYTHING else binary.spilled == 0, (target, binary)
         assert binary.registers * found.warps * 32 <= 65536
 
 

@@ -126,8 +126,8 @@ def any_teachers(
     """A matrix of weights: K multiply-adds per element and student. The student is the reference
     of d: the deepest exit need not teach it, and may be far away."""
     q_i = e[i] * inverse[i][:, None]
-    mass = 0 * q_i
-    moment = 0 * q_i
+    mass = tl.zeros(q_i.shape, REAL)
+    moment = mass
     n = tl.zeros(row.shape, REAL)
     for j in tl.static_range(COUNT):
         w = weight_of(pair_weight, row, rows, i, j, 5, PER_ROW, COUNT, REAL)
