@@ -202,29 +202,10 @@ def loss_kernel(
         dense_ce = dense_ce + (start(ROWS, BLOCK, REAL, WIDE),)
     back = t if DIVERGENT else 1.0  # from x at the temperature to x at 1
     blocks = tl.cdiv(classes, BLOCK)
-    if RESIDENT:
-        if DENSE_TARGET:
-            dense_ce = dense_values(x, u, dense_ce, log_one, back, K, WIDE)
-        if DIRECT:
-            value = direct_tile(
-                x, e, u, c, inside, value, inverse, gap, log_t, pair_factor, p_scale, u_scale, t,
-                y, valid, gradient, pair_weight, row, rows, class_steps, scale, present,
-                divergence, mine, FORM, PAIRS, PAIR_ROWS, DIVERGENCE, DIVERGENT, TARGET,
-                DENSE_TARGET, K, COUNT, STEP, REAL, WIDE,
-            )  # fmt: skip
-        else:
-            value, total = general_values(
-                x, e, value, total, inverse, gap, log_t, b, coefficient, pair_weight, row, rows,
-                PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, K, COUNT, REAL, WIDE,
-            )  # fmt: skip
-            general_gradients(
-                x, e, u, c, inside, total, inverse, gap, log_t, b, coefficient, p_scale, u_scale,
-                t, inverse_t, y, valid, gradient, pair_weight, row, rows, class_steps, PAIRS,
-                PAIR_ROWS, DIVERGENCE, DETACH, TARGET, DENSE_TARGET, K, COUNT, STEP, REAL, WIDE,
-            )  # fmt: skip
-    else:
-        if not DIRECT or PAIRS != NONE or GRADIENT or DENSE_TARGET:
-            for n in range(0, blocks):
+    steps = 1 if RESIDENT else blocks  # the compiler leaves no loop of the one
+    if RESIDENT or not DIRECT or PAIRS != NONE or GRADIENT or DENSE_TARGET:
+        for n in range(0, steps):
+            if WIDE:
                 c = (blocks - 1 - n) * BLOCK + tl.arange(0, BLOCK)
                 inside = present[:, None] & (c < classes)[None, :]
                 tile = load_exits(z, strides, row, c, inside, COUNT, STEP, REAL)
@@ -234,22 +215,24 @@ def loss_kernel(
                         probability, probability_stride, class_weight, row, c, inside, classes, y,
                         on_label, smooth, keep, TARGET, REAL,
                     )  # fmt: skip
-                    dense_ce = dense_values(x, u, dense_ce, log_one, back, K, WIDE)
-                if DIRECT:
-                    value = direct_tile(
-                        x, e, u, c, inside, value, inverse, gap, log_t, pair_factor, p_scale,
-                        u_scale, t, y, valid, gradient, pair_weight, row, rows, class_steps,
-                        scale, present, divergence, mine, FORM, PAIRS, PAIR_ROWS, DIVERGENCE,
-                        DIVERGENT, TARGET, DENSE_TARGET, K, COUNT, STEP, REAL, WIDE,
-                    )  # fmt: skip
-                else:
-                    value, total = general_values(
-                        x, e, value, total, inverse, gap, log_t, b, coefficient, pair_weight, row,
-                        rows, PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, K, COUNT, REAL, WIDE,
-                    )  # fmt: skip
-        if GRADIENT and not DIRECT:
-            total = close_all(total, K, WIDE)
-            for n in range(0, blocks):
+            if DENSE_TARGET:
+                dense_ce = dense_values(x, u, dense_ce, log_one, back, K, WIDE)
+            if DIRECT:
+                value = direct_tile(
+                    x, e, u, c, inside, value, inverse, gap, log_t, pair_factor, p_scale, u_scale,
+                    t, y, valid, gradient, pair_weight, row, rows, class_steps, scale, present,
+                    divergence, mine, FORM, PAIRS, PAIR_ROWS, DIVERGENCE, DIVERGENT, TARGET,
+                    DENSE_TARGET, K, COUNT, STEP, REAL, WIDE,
+                )  # fmt: skip
+            else:
+                value, total = general_values(
+                    x, e, value, total, inverse, gap, log_t, b, coefficient, pair_weight, row,
+                    rows, PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, K, COUNT, REAL, WIDE,
+                )  # fmt: skip
+    if GRADIENT and not DIRECT:
+        total = close_all(total, K, WIDE)
+        for n in range(0, steps):
+            if WIDE:
                 c = n * BLOCK + tl.arange(0, BLOCK)
                 inside = present[:, None] & (c < classes)[None, :]
                 tile = load_exits(z, strides, row, c, inside, COUNT, STEP, REAL)
@@ -259,12 +242,11 @@ def loss_kernel(
                         probability, probability_stride, class_weight, row, c, inside, classes, y,
                         on_label, smooth, keep, TARGET, REAL,
                     )  # fmt: skip
-                general_gradients(
-                    x, e, u, c, inside, total, inverse, gap, log_t, b, coefficient, p_scale,
-                    u_scale, t, inverse_t, y, valid, gradient, pair_weight, row, rows, class_steps,
-                    PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, TARGET, DENSE_TARGET, K, COUNT, STEP,
-                    REAL, WIDE,
-                )  # fmt: skip
+            general_gradients(
+                x, e, u, c, inside, total, inverse, gap, log_t, b, coefficient, p_scale, u_scale,
+                t, inverse_t, y, valid, gradient, pair_weight, row, rows, class_steps, PAIRS,
+                PAIR_ROWS, DIVERGENCE, DETACH, TARGET, DENSE_TARGET, K, COUNT, STEP, REAL, WIDE,
+            )  # fmt: skip
 
     # (3) Sums over rows.
     for k in tl.static_range(K):
