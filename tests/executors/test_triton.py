@@ -131,6 +131,21 @@ def test_every_shape_has_a_plan(kind, double):
     assert [p.resident for p in rows] == [True, True, True, False, False]
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_every_gate_and_many_exits_have_a_plan(size):
+    for classes in (1, 2, 3, 10, 100, 1000, 1024, 4096, 4097, 32000, 128256, 262144):
+        plan = table.gate_plan(classes, size)
+        assert plan.block & (plan.block - 1) == plan.rows & (plan.rows - 1) == 0
+        assert plan.resident == (plan.block >= classes)
+        each = plan.rows * plan.block * plan.tiles // (32 * plan.warps)
+        assert 4 <= each <= 16
+        for exits in (17, 32):
+            plan = table.stacked_plan(exits, classes, size == 8)
+            assert plan.rows == 1
+            assert plan.warps in (1, 2, 4, 8)
+            assert plan.block <= table.power_of_two(classes)
+
+
 def test_common_shapes_stay_in_registers():
     for exits, classes in ((5, 10), (5, 100), (7, 1000), (12, 2), (4, 1000), (2, 4096)):
         assert table.loss_plan(exits, classes, 4, "direct", False).resident
