@@ -104,7 +104,7 @@ cudaError_t run_gate(const msdkern_gate &call) {
     const int64_t shared = sizeof(Desk<Real>);
     const cudaError_t error = launch(call.place.stream, c.grid, c.threads, c.layout.blocks, shared,
                                      gate_for<S>(call.measure), call, c.layout);
-    if (error != cudaSuccess || !call.stay || c.layout.together) return error;
+    if (error != cudaSuccess || !call.count || c.layout.together) return error;
     return launch(call.place.stream, c.grid / c.layout.blocks, kGateThreads, 1, shared,
                   order_kernel<Real>, call, c.threads / c.layout.lanes);
 }
@@ -124,7 +124,7 @@ int any_gate(const msdkern_gate &call) {
         if (!call.threshold_at && call.threshold[k] != call.threshold[k])
             return MSDKERN_BAD_THRESHOLD;
     }
-    if (call.rows == 0 && !call.stay) return MSDKERN_OK;
+    if (call.rows == 0 && !call.count) return MSDKERN_OK;
     const DeviceGuard guard(call.place.device);
     if (guard.error != cudaSuccess) return status_of(guard.error);
     return with_dtype(call.dtype, [&](auto s) { return status_of(run_gate<decltype(s)>(call)); });

@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kGateThreads, gates_resident(sizeof(S)))
     const int rows = int(share.last - share.first);
     for (int i = team.index; i < rows; i += teams)
         if (!gate.decide(share.first + i) && team.local == 0) atomicAdd(&desk.stays, 1);
-    if (!call.stay) return;
+    if (!call.count) return;
     answer_nothing<Real>(call, live_rows(call));
     if (team.block == 0) finish_step(call, layout, desk);
 }
