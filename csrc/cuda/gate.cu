@@ -1,83 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// (7), (10), (11) on CUDA devices: which threads own a row, and the launches.
+// (7), (10), (11) on CUDA devices: the launches.
 #include "gate.cuh"
-#include "launch.h"
 
 namespace msdkern {
 namespace {
 
-// One way to own a row.
-struct Way {
-    int lanes, threads;  // of a team and of a block
-    int blocks;          // of a cluster
-    int pieces;          // of a row that each thread reads at most; 0: any
-};
-
-// The first that fits serves, whatever the number of rows: a row's result does not depend on it.
-// Few threads per row leave little to merge; more, and clusters, keep the reading of one row short.
-// From bytes and shuffles, not measured.
-// clang-format off
-constexpr Way kWays[] = {
-    {  1, 256, 1, 1},
-    {  2, 256, 1, 1},
-    {  4, 256, 1, 1},
-    {  8, 256, 1, 1},
-    { 16, 256, 1, 1},
-    { 32, 256, 1, 2},
-    {128, 128, 1, 2},
-    {256, 256, 1, 2},
-    {256, 256, 2, 2},
-    {256, 256, 4, 2},
-    {256, 256, 8, 0},
-    {256, 256, 1, 0},
-};
-// clang-format on
-
 // Rows that one block puts in order while the others' results are fresh; more take a launch.
 constexpr int64_t kTogether = 8192;
-constexpr int kFewestThreads = 128;  // of a block, as far as a processor's room is concerned
-
-struct Choice {
-    Layout layout;
-    int threads;
-    int64_t grid;
-};
-
-template <class S>
-const Way &way_of(int64_t classes, bool clusters) {
-    const Way *way = kWays;
-    for (;; ++way) {
-        const int64_t piece = int64_t(kDeep) * kVector<S> * way->lanes * way->blocks;
-        const bool fits = !way->pieces || (classes + piece - 1) / piece <= way->pieces;
-        if (fits && (way->blocks == 1 || clusters)) return *way;
-    }
-}
-
 template <class S, class Call>
-Choice choose(const Call &call, int64_t rows) {
+RowChoice choose_for(const Call &call, int64_t rows) {
     const Machine &m = machine(call.place.device);
-    const Way &way = way_of<S>(call.classes, m.clusters);
-    int threads = way.threads;
-    // Few rows: rather more blocks than more teams per block.
-    while (threads > 32 && threads > way.lanes &&
-           rows * way.lanes < int64_t(threads) * m.processors)
-        threads /= 2;
-    const int64_t teams = threads / way.lanes, wanted = (rows + teams - 1) / teams;
-    const int resident = gates_resident(sizeof(S)) * kGateThreads /
-                         (threads < kFewestThreads ? kFewestThreads : threads);
-    const int64_t room = int64_t(m.processors) * resident / way.blocks;
-    uint64_t bytes = 0;
-    for (int k = 0; k < call.exits; ++k)
-        bytes |= reinterpret_cast<uintptr_t>(call.logits[k]) | uint64_t(call.stride[k]) * sizeof(S);
-    Choice choice = {{way.lanes, way.blocks, common_width(bytes), rows <= kTogether}, threads, 0};
-    choice.grid = (wanted < room ? wanted : room < 1 ? 1 : room) * way.blocks;
-    if (choice.grid < way.blocks) choice.grid = way.blocks;
-    return choice;
+    return choose<S>(m, *way_of<S>(call.classes, m.clusters), rows,
+                     joined<S>(call.exits, call.logits, call.stride));
 }
 
 template <class S>
 cudaError_t run_statistics(const msdkern_statistics &call) {
-    const Choice c = choose<S>(call, call.exits * call.rows);
+    const RowChoice c = choose_for<S>(call, call.exits * call.rows);
     return launch(call.place.stream, c.grid, c.threads, c.layout.blocks, sizeof(Desk<RealOf<S>>),
                   statistics_kernel<S>, call, c.layout);
 }
@@ -100,12 +39,13 @@ auto gate_for(int measure) -> decltype(&gate_kernel<S, kNothing>) {
 template <class S>
 cudaError_t run_gate(const msdkern_gate &call) {
     typedef RealOf<S> Real;
-    const Choice c = choose<S>(call, call.rows);
+    RowChoice c = choose_for<S>(call, call.rows);
+    c.layout.together = call.rows <= kTogether;
     const int64_t shared = sizeof(Desk<Real>);
     const cudaError_t error = launch(call.place.stream, c.grid, c.threads, c.layout.blocks, shared,
                                      gate_for<S>(call.measure), call, c.layout);
     if (error != cudaSuccess || !call.count || c.layout.together) return error;
-    return launch(call.place.stream, c.grid / c.layout.blocks, kGateThreads, 1, shared,
+    return launch(call.place.stream, c.grid / c.layout.blocks, kRowThreads, 1, shared,
                   order_kernel<Real>, call, c.threads / c.layout.lanes);
 }
 
@@ -132,9 +72,7 @@ int any_gate(const msdkern_gate &call) {
 
 }  // namespace
 
-int64_t most_gate_blocks(int device) {
-    return int64_t(machine(device).processors) * gates_resident(4) * kGateThreads / kFewestThreads;
-}
+int64_t most_gate_blocks(int device) { return machine(device).processors * kMostRowBlocks; }
 
 }  // namespace msdkern
 

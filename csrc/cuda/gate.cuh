@@ -3,17 +3,10 @@
 #pragma once
 
 #include "../msdkern.h"
-#include "reading.cuh"
 #include "tally.h"
+#include "ways.h"
 
 namespace msdkern {
-
-// How a call was laid out by the host.
-struct Layout {
-    int lanes, blocks;  // threads per team and block, blocks per team
-    int width;          // bytes on whose multiples rows begin, 16 at most
-    bool together;      // the last block to finish puts the rows in order
-};
 
 // The numbers of one exit.
 template <class Real>
@@ -32,10 +25,6 @@ struct Desk {
     int stays, last;
 };
 
-constexpr int kGateThreads = 256;
-// Blocks of so many threads per processor that registers leave room for.
-constexpr int gates_resident(int bytes) { return bytes == 8 ? 2 : bytes == 4 ? 4 : 3; }
-
 template <class S, class Call>
 MSDKERN_DEVICE const S *gate_row(const Call &call, int k, int64_t n) {
     return static_cast<const S *>(call.logits[k]) + n * call.stride[k];
@@ -43,7 +32,7 @@ MSDKERN_DEVICE const S *gate_row(const Call &call, int k, int64_t n) {
 
 // (7)
 template <class S>
-__global__ void __launch_bounds__(kGateThreads, gates_resident(sizeof(S)))
+__global__ void __launch_bounds__(kRowThreads, rows_resident(sizeof(S)))
     statistics_kernel(const __grid_constant__ msdkern_statistics call,
                       const __grid_constant__ Layout layout) {
     typedef RealOf<S> Real;
@@ -244,7 +233,7 @@ MSDKERN_DEVICE void put_share_in_order(const msdkern_gate &call, Desk<Real> &des
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kGateThreads)
+__global__ void __launch_bounds__(kRowThreads)
     order_kernel(const __grid_constant__ msdkern_gate call, int teams) {
     put_share_in_order<Real>(call, *dyn_smem<Desk<Real>>(), teams, blockIdx.x, gridDim.x);
 }
@@ -284,7 +273,7 @@ MSDKERN_DEVICE void finish_step(const msdkern_gate &call, const Layout &layout, 
 
 // (10) for all exits, or (11) for one.
 template <class S, int kNeeds>
-__global__ void __launch_bounds__(kGateThreads, gates_resident(sizeof(S)))
+__global__ void __launch_bounds__(kRowThreads, rows_resident(sizeof(S)))
     gate_kernel(const __grid_constant__ msdkern_gate call, const __grid_constant__ Layout layout) {
     typedef RealOf<S> Real;
     Desk<Real> &desk = *dyn_smem<Desk<Real>>();

@@ -86,19 +86,138 @@ struct Meeting {
     Reading<Real> warp[2][kMostParts], block[2][kMostParts];
 };
 
+// Which classes of a row a thread owns: chunks of 16 bytes, `kDeep` of them to a piece. `width`:
+// bytes on whose multiples every row begins, 16 at most.
+template <class S>
+struct Slice {
+    typedef RealOf<S> Real;
+    static constexpr int V = kVector<S>, kPiece = kDeep * V;
+    const Team &team;
+    const int classes, width;
+    const bool owns_rest;  // the classes that fill no chunk
+
+    MSDKERN_DEVICE Slice(const Team &team_, int64_t classes_, int width_)
+        : team(team_),
+          classes(int(classes_)),
+          width(width_),
+          owns_rest(classes % V != 0 && classes / V % team.members() == team.member()) {}
+    // The class of element e of the thread's part of the piece that begins at `begin`.
+    MSDKERN_DEVICE int class_at(int begin, int e) const {
+        return begin + (e / V * team.members() + team.member()) * V + e % V;
+    }
+    // f(element, logit) for all that a thread has of a piece. 16-bit logits stay packed in between.
+    template <class F>
+    MSDKERN_DEVICE static void elements(const uint4 (&raw)[kDeep], F f) {
+#pragma unroll
+        for (int i = 0; i < kDeep; ++i) {
+            Real z[V];
+            unpack<S>(raw[i], z);
+#pragma unroll
+            for (int v = 0; v < V; ++v) f(i * V + v, z[v]);
+        }
+    }
+    // Classes beyond the row are `fill`.
+    MSDKERN_DEVICE void load(const S *row, int begin, uint4 (&raw)[kDeep],
+                             Real fill = lowest<Real>()) const {
+        if (width == 16)
+            load_whole<uint4>(row, begin, raw, fill);
+        else if (sizeof(S) == 8 || width == 8)
+            load_whole<uint2>(row, begin, raw, fill);
+        else if (sizeof(S) == 4 || width == 4)
+            load_whole<unsigned>(row, begin, raw, fill);
+        else
+            load_whole<unsigned short>(row, begin, raw, fill);
+        const int rest = classes - classes % V;
+        if (!owns_rest || rest < begin || rest >= begin + team.members() * kPiece) return;
+        const uint4 last = load_rest(row, rest, fill);
+#pragma unroll
+        for (int i = 0; i < kDeep; ++i)
+            if (class_at(begin, i * V) == rest) raw[i] = last;
+    }
+    // Of a row that is one piece.
+    MSDKERN_DEVICE void store(S *row, const uint4 (&raw)[kDeep]) const {
+        if (width == 16)
+            store_whole<uint4>(row, raw);
+        else if (sizeof(S) == 8 || width == 8)
+            store_whole<uint2>(row, raw);
+        else if (sizeof(S) == 4 || width == 4)
+            store_whole<unsigned>(row, raw);
+        else
+            store_whole<unsigned short>(row, raw);
+        if (!owns_rest) return;
+        const int rest = classes - classes % V;
+#pragma unroll
+        for (int i = 0; i < kDeep; ++i) {
+            if (class_at(0, i * V) != rest) continue;
+            S x[V];
+            memcpy(x, &raw[i], 16);
+#pragma unroll
+            for (int v = 0; v < V; ++v)
+                if (rest + v < classes) row[rest + v] = x[v];
+        }
+    }
+
+ private:
+    // Chunks that the row has whole.
+    template <class Unit>
+    MSDKERN_DEVICE void load_whole(const S *row, int begin, uint4 (&raw)[kDeep], Real fill) const {
+        constexpr int kUnits = 16 / sizeof(Unit);
+#pragma unroll
+        for (int i = 0; i < kDeep; ++i) {
+            const int c = class_at(begin, i * V);
+            raw[i] = filled(fill);
+            if (c + V > classes) continue;
+            const Unit *from = reinterpret_cast<const Unit *>(row + c);
+            Unit unit[kUnits];
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) unit[u] = kUnits == 1 ? __ldcs(from) : __ldg(from + u);
+            memcpy(&raw[i], unit, 16);
+        }
+    }
+    MSDKERN_DEVICE static uint4 filled(Real fill) {
+        S x[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) round_to(fill, x[v]);
+        uint4 raw;
+        memcpy(&raw, x, 16);
+        return raw;
+    }
+    MSDKERN_DEVICE uint4 load_rest(const S *row, int c, Real fill) const {
+        uint4 raw = filled(fill);
+        S x[V];
+        memcpy(x, &raw, 16);
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            if (c + v < classes) x[v] = row[c + v];
+        memcpy(&raw, x, 16);
+        return raw;
+    }
+    template <class Unit>
+    MSDKERN_DEVICE void store_whole(S *row, const uint4 (&raw)[kDeep]) const {
+        constexpr int kUnits = 16 / sizeof(Unit);
+#pragma unroll
+        for (int i = 0; i < kDeep; ++i) {
+            const int c = class_at(0, i * V);
+            if (c + V > classes) continue;
+            Unit *to = reinterpret_cast<Unit *>(row + c);
+            Unit unit[kUnits];
+            memcpy(unit, &raw[i], 16);
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) to[u] = unit[u];
+        }
+    }
+};
+
+// A team's reading of one row after another.
 template <class S>
 class Reader {
  public:
     typedef RealOf<S> Real;
-    static constexpr int V = kVector<S>, kPiece = kDeep * V;
+    static constexpr int kPiece = Slice<S>::kPiece;
+    const Slice<S> slice;
 
-    // `width`: bytes on whose multiples every row begins, 16 at most.
     MSDKERN_DEVICE Reader(const Team &team, Meeting<Real> &meeting, int64_t classes, int width)
-        : team_(team),
-          meeting_(meeting),
-          classes_(int(classes)),
-          width_(width),
-          owns_rest_(classes_ % V != 0 && classes_ / V % team.members() == team.member()) {}
+        : slice(team, classes, width), team_(team), meeting_(meeting) {}
 
     // Known to every thread of the team. scale = 1 / (T log b).
     template <int kNeeds>
@@ -106,9 +225,9 @@ class Reader {
         Reading<Real> r = nothing_read<Real>();
         const int step = team_.members() * kPiece;
 #pragma unroll 1
-        for (int begin = 0; begin < classes_; begin += step) {
+        for (int begin = 0; begin < slice.classes; begin += step) {
             uint4 raw[kDeep];
-            load(row, begin, raw);
+            slice.load(row, begin, raw);
             add<kNeeds>(r, raw, begin, scale);
         }
         r = meet<kNeeds>(r, scale);
@@ -122,77 +241,11 @@ class Reader {
         return r;
     }
 
- private:
-    // The class of element e of the thread's part of the piece that begins at `begin`.
-    MSDKERN_DEVICE int class_at(int begin, int e) const {
-        return begin + (e / V * team_.members() + team_.member()) * V + e % V;
-    }
-    // f(element, logit) for all that a thread has of a piece. 16-bit logits stay packed in between.
-    template <class F>
-    MSDKERN_DEVICE static void elements(const uint4 (&raw)[kDeep], F f) {
-#pragma unroll
-        for (int i = 0; i < kDeep; ++i) {
-            Real z[V];
-            unpack<S>(raw[i], z);
-#pragma unroll
-            for (int v = 0; v < V; ++v) f(i * V + v, z[v]);
-        }
-    }
-    MSDKERN_DEVICE void load(const S *row, int begin, uint4 (&raw)[kDeep]) const {
-        if (width_ == 16)
-            load_whole<uint4>(row, begin, raw);
-        else if (sizeof(S) == 8 || width_ == 8)
-            load_whole<uint2>(row, begin, raw);
-        else if (sizeof(S) == 4 || width_ == 4)
-            load_whole<unsigned>(row, begin, raw);
-        else
-            load_whole<unsigned short>(row, begin, raw);
-        const int rest = classes_ - classes_ % V;
-        if (!owns_rest_ || rest < begin || rest >= begin + team_.members() * kPiece) return;
-        const uint4 last = load_rest(row, rest);
-#pragma unroll
-        for (int i = 0; i < kDeep; ++i)
-            if (class_at(begin, i * V) == rest) raw[i] = last;
-    }
-    // Chunks that the row has whole; others are masked.
-    template <class Unit>
-    MSDKERN_DEVICE void load_whole(const S *row, int begin, uint4 (&raw)[kDeep]) const {
-        constexpr int kUnits = 16 / sizeof(Unit);
-#pragma unroll
-        for (int i = 0; i < kDeep; ++i) {
-            const int c = class_at(begin, i * V);
-            raw[i] = masked();
-            if (c + V > classes_) continue;
-            const Unit *from = reinterpret_cast<const Unit *>(row + c);
-            Unit unit[kUnits];
-#pragma unroll
-            for (int u = 0; u < kUnits; ++u) unit[u] = kUnits == 1 ? __ldcs(from) : __ldg(from + u);
-            memcpy(&raw[i], unit, 16);
-        }
-    }
-    MSDKERN_DEVICE static uint4 masked() {
-        S x[V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) round_to(lowest<Real>(), x[v]);
-        uint4 raw;
-        memcpy(&raw, x, 16);
-        return raw;
-    }
-    MSDKERN_DEVICE uint4 load_rest(const S *row, int c) const {
-        uint4 raw = masked();
-        S x[V];
-        memcpy(x, &raw, 16);
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-            if (c + v < classes_) x[v] = row[c + v];
-        memcpy(&raw, x, 16);
-        return raw;
-    }
-
+    // A piece, to what the thread has read of the row before.
     template <int kNeeds>
     MSDKERN_DEVICE void add(Reading<Real> &r, const uint4 (&raw)[kDeep], int begin, Real scale) {
         Real top = lowest<Real>(), second = lowest<Real>();
-        elements(raw, [&](int, Real z) {
+        Slice<S>::elements(raw, [&](int, Real z) {
             if (kNeeds & kRunnerUp) second = larger(second, smaller(top, z));
             top = larger(top, z);
         });
@@ -200,15 +253,16 @@ class Reader {
             r.runner_up = larger(larger(r.runner_up, second), smaller(r.top, top));
         if (top > r.top) {  // seldom, but for the first piece
             int first = kPiece;
-            elements(raw, [&](int e, Real z) { first = z == top && e < first ? e : first; });
-            r.at = class_at(begin, first);
+            Slice<S>::elements(raw,
+                               [&](int e, Real z) { first = z == top && e < first ? e : first; });
+            r.at = slice.class_at(begin, first);
             if (kNeeds & kSum) rescale<kNeeds>(r, (r.top - top) * scale);
             r.top = top;
         }
         // Sums of sums: whoever added up the whole row would round thousands of times.
         const Real shift = r.top > lowest<Real>() ? r.top : Real(0);
         Real sum = 0, weighted = 0, squares = 0;
-        elements(raw, [&](int, Real z) {
+        Slice<S>::elements(raw, [&](int, Real z) {
             if (!(kNeeds & kSum)) {
                 sum = z == z ? sum : z;
                 return;
@@ -242,11 +296,19 @@ class Reader {
         turn_ ^= 1;
         return r;
     }
+    // The sum of a value over the team, given to each of it.
+    MSDKERN_DEVICE Real sum(Real x) {
+        Reading<Real> r = nothing_read<Real>();
+        r.sum = x;
+        return meet<kNothing>(r, Real(0)).sum;
+    }
+
+ private:
     // torch.argmax answers with the first NaN. A row whose sums are NaN need not hold any: an
     // infinite logit makes them so.
     MSDKERN_DEVICE int first_nan(const S *row) {
         Reading<Real> r = nothing_read<Real>();
-        for (int c = team_.member(); c < classes_ && r.at == kNowhere; c += team_.members()) {
+        for (int c = team_.member(); c < slice.classes && r.at == kNowhere; c += team_.members()) {
             const Real z = to_real(row[c]);
             if (z != z) r.at = c, r.top = 0;
         }
@@ -255,8 +317,6 @@ class Reader {
 
     const Team &team_;
     Meeting<Real> &meeting_;
-    const int classes_, width_;
-    const bool owns_rest_;  // the classes that fill no chunk
     int turn_ = 0;
 };
 
