@@ -7,6 +7,7 @@ namespace {
 
 // Rows that one block puts in order while the others' results are fresh; more take a launch.
 constexpr int64_t kTogether = 8192;
+
 template <class S, class Call>
 RowChoice choose_for(const Call &call, int64_t rows) {
     const Machine &m = machine(call.place.device);

@@ -142,9 +142,13 @@ struct Gate {
     }
     // (10) The first exit that fires answers row n, else the last. Whether it fired.
     MSDKERN_DEVICE bool decide(int64_t n) {
-        const bool patient = call.previous_prediction != nullptr;
-        int prediction = patient ? int(call.previous_prediction[n]) : -1;
-        Real score = patient ? static_cast<const Real *>(call.previous_score)[n] : Real(0);
+        int prediction = -1;
+        Real score = 0;
+        if (call.previous_prediction) {
+            const int64_t previous = call.previous_prediction[n];
+            if (previous < call.classes) prediction = previous < 0 ? -1 : int(previous);
+            score = static_cast<const Real *>(call.previous_score)[n];
+        }
         int k = 0;
         bool fired = false;
         for (;; ++k) {
