@@ -6,7 +6,7 @@ namespace msdkern {
 namespace {
 
 // Rows that one block puts in order while the others' results are fresh; more take a launch.
-constexpr int64_t kTogether = 8192;
+constexpr int64_t kTogether = 4096;
 
 template <class S, class Call>
 RowChoice choose_for(const Call &call, int64_t rows) {
