@@ -68,7 +68,7 @@ CALLS = [
 # exits, rows, classes of the gates: every way to own a row; two pieces of one; several blocks of
 # the grid, and a second launch.
 GATES = [
-    (3, 5, 10), (2, 5, 67), (2, 3, 300), (2, 2, 4099), (2, 2, 16000), (1, 2, 33001), (1, 700, 9),
+    (3, 5, 10), (2, 5, 67), (2, 3, 300), (2, 2, 4099), (2, 2, 16000), (1, 2, 33001), (1, 2500, 9),
     (1, 4100, 1),
 ]  # fmt: skip
 
