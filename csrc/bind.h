@@ -75,6 +75,10 @@ struct Entries {
     int (*softmax_backward)(const msdkern_softmax *);
     int (*statistics)(const msdkern_statistics *);
     int (*scale)(const msdkern_scale *);
+    int (*exit_gate)(const msdkern_gate *);
+    int (*gate_step)(const msdkern_gate *);
+    int (*gather_rows)(msdkern_copy *);
+    int (*scatter_rows)(msdkern_copy *);
 };
 
 // The forms of the loss family. `outputs` are the tensors that a form writes, or for the backward
@@ -203,6 +207,72 @@ int scale(int dtype, const Place &place, double factor, const Addresses &data,
     return entries.scale(&call);
 }
 
+// One exit (`outputs`: prediction, score, stay, count) or all (prediction, score, exit index).
+template <class Place, const Entries &entries>
+int gate(bool step, int dtype, const Place &place, int measure, std::int64_t rows,
+         std::int64_t live, std::int64_t classes, const Addresses &logits, const Numbers &strides,
+         const std::vector<double> &temperature, const std::vector<double> &threshold,
+         std::uintptr_t given, std::uintptr_t previous_prediction, std::uintptr_t previous_score,
+         const Addresses &outputs) {
+    msdkern_gate call = {};
+    call.dtype = dtype;
+    call.exits = static_cast<int>(logits.size());
+    call.place = place_of(place);
+    call.measure = measure;
+    call.rows = rows;
+    call.live = live;
+    call.classes = classes;
+    fill(call.logits, logits);
+    fill(call.stride, strides);
+    for (std::size_t k = 0; k < logits.size(); ++k) {
+        call.temperature[k] = temperature.size() == 1 ? temperature[0] : temperature.at(k);
+        call.threshold[k] = threshold.size() == 1 ? threshold[0] : threshold.at(k);
+    }
+    call.temperature_at = scalar(place, 0);
+    call.threshold_at = scalar(place, 1);
+    call.live_at = static_cast<const std::int64_t *>(scalar(place, 2));
+    call.temperature_per_exit = temperature.size() > 1;
+    call.threshold_per_exit = threshold.size() > 1;
+    call.given = at<const void>(given);
+    call.previous_prediction = at<const std::int64_t>(previous_prediction);
+    call.previous_score = at<const void>(previous_score);
+    if (!step) call.exit_index = at<std::int64_t>(outputs.at(2));
+    call.prediction = at<std::int64_t>(outputs.at(0));
+    call.score = at<void>(outputs.at(1));
+    if (step) {
+        call.stay = at<std::int64_t>(outputs.at(2));
+        call.count = at<std::int64_t>(outputs.at(3));
+    }
+    py::gil_scoped_release release;
+    return step ? entries.gate_step(&call) : entries.exit_gate(&call);
+}
+
+template <class Place, const Entries &entries>
+py::tuple copy_rows(bool scatter, const Place &place, std::int64_t count, std::int64_t capacity,
+                    std::int64_t limit, std::uintptr_t index, const Addresses &source,
+                    const Addresses &target, const Numbers &source_stride,
+                    const Numbers &target_stride, const Numbers &bytes) {
+    msdkern_copy call = {};
+    call.tensors = static_cast<int>(source.size());
+    call.place = place_of(place);
+    call.count_at = static_cast<const std::int64_t *>(scalar(place, 0));
+    call.count = count;
+    call.capacity = capacity;
+    call.limit = limit;
+    call.index = at<const std::int64_t>(index);
+    fill(call.source, source);
+    fill(call.target, target);
+    fill(call.source_stride, source_stride);
+    fill(call.target_stride, target_stride);
+    fill(call.bytes, bytes);
+    int status;
+    {
+        py::gil_scoped_release release;
+        status = scatter ? entries.scatter_rows(&call) : entries.gather_rows(&call);
+    }
+    return py::make_tuple(status, call.bad_index);
+}
+
 template <class Place, const Entries &entries>
 void define(py::module_ &m) {
     m.attr("abi_version") = MSDKERN_ABI_VERSION;
@@ -211,6 +281,8 @@ void define(py::module_ &m) {
     m.def("softmax", &softmax<Place, entries>);
     m.def("statistics", &statistics<Place, entries>);
     m.def("scale", &scale<Place, entries>);
+    m.def("gate", &gate<Place, entries>);
+    m.def("copy_rows", &copy_rows<Place, entries>);
 }
 
 }  // namespace binding

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define MSDKERN_ABI_VERSION 3
+#define MSDKERN_ABI_VERSION 4
 #define MSDKERN_MAX_EXITS 32
 #define MSDKERN_MAX_ROWS 64  // exits and external teachers of one sample
 
@@ -68,8 +68,8 @@ typedef struct msdkern_place {
     void *workspace;
 } msdkern_place;
 
-// Numbers that may change from step to step are given by value, or (`..._at` is not null) as a
-// Real in device memory, which the host never reads.
+// Numbers that may change from step to step are given by value, or (`..._at` is not null) by their
+// address in device memory, which the host never reads: Real, or int64 for counts.
 typedef struct msdkern_loss {
     msdkern_place place;
     int32_t dtype, exits, teachers;
@@ -140,10 +140,13 @@ typedef struct msdkern_gate {
     const void *logits[MSDKERN_MAX_EXITS];
     int64_t stride[MSDKERN_MAX_EXITS];
     double temperature[MSDKERN_MAX_EXITS];
-    double threshold[MSDKERN_MAX_EXITS];  // rounded to Real before it is compared
-    const void *given;                    // Real [K, N], for MSDKERN_GIVEN
-    int64_t *prediction;                  // [N]
-    void *score;                          // Real [N]
+    double threshold[MSDKERN_MAX_EXITS];        // rounded to Real before it is compared
+    const void *temperature_at, *threshold_at;  // Real [exits] where `..._per_exit`, else one
+    const int64_t *live_at;
+    int32_t temperature_per_exit, threshold_per_exit;
+    const void *given;    // Real [K, N], for MSDKERN_GIVEN
+    int64_t *prediction;  // [N]
+    void *score;          // Real [N]
 
     int64_t *exit_index;  // [N]: the first exit that fires; the last always does
 
@@ -159,12 +162,15 @@ typedef struct msdkern_copy {
     msdkern_place place;
     int32_t tensors;
     int64_t count, capacity, limit;  // 0 <= index < limit for the first `count`
-    const int64_t *index;
+    const int64_t *index, *count_at;
     const void *source[MSDKERN_MAX_EXITS];
     void *target[MSDKERN_MAX_EXITS];
     int64_t source_stride[MSDKERN_MAX_EXITS];  // in bytes, as the following two
     int64_t target_stride[MSDKERN_MAX_EXITS];
     int64_t bytes[MSDKERN_MAX_EXITS];  // of one row
+
+    // An index out of range: the CPU kernels return MSDKERN_BAD_INDEX, having written nothing. The
+    // CUDA kernels gather zeros for it and scatter nothing.
     int64_t bad_index;
 } msdkern_copy;
 
@@ -196,14 +202,18 @@ int msdkern_cpu_scatter_rows(msdkern_copy *call);
 // data *= factor in place; returns at once when the factor is 1.
 int msdkern_cpu_scale(const msdkern_scale *call);
 
-// The same on a CUDA device, in the order of the call's stream and without waiting for it. Softmax
-// and statistics need no workspace.
+// The same on a CUDA device, in the order of the call's stream and without waiting for it. Softmax,
+// statistics and exit_gate need no workspace.
 int msdkern_cuda_loss(msdkern_loss *call);
 int msdkern_cuda_row_losses(msdkern_loss *call);
 int msdkern_cuda_row_losses_backward(msdkern_loss *call);
 int msdkern_cuda_softmax(const msdkern_softmax *call);
 int msdkern_cuda_softmax_backward(const msdkern_softmax *call);
 int msdkern_cuda_statistics(const msdkern_statistics *call);
+int msdkern_cuda_exit_gate(const msdkern_gate *call);
+int msdkern_cuda_gate_step(const msdkern_gate *call);
+int msdkern_cuda_gather_rows(msdkern_copy *call);
+int msdkern_cuda_scatter_rows(msdkern_copy *call);
 int msdkern_cuda_scale(const msdkern_scale *call);
 // Bytes of workspace that any call of this many exits and teachers needs on this device.
 int64_t msdkern_cuda_workspace(int32_t device, int32_t exits, int32_t teachers);

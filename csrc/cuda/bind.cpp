@@ -10,9 +10,10 @@ using namespace py::literals;
 namespace {
 
 constexpr binding::Entries entries = {
-    msdkern_cuda_loss,    msdkern_cuda_row_losses,       msdkern_cuda_row_losses_backward,
-    msdkern_cuda_softmax, msdkern_cuda_softmax_backward, msdkern_cuda_statistics,
-    msdkern_cuda_scale,
+    msdkern_cuda_loss,        msdkern_cuda_row_losses,       msdkern_cuda_row_losses_backward,
+    msdkern_cuda_softmax,     msdkern_cuda_softmax_backward, msdkern_cuda_statistics,
+    msdkern_cuda_scale,       msdkern_cuda_exit_gate,        msdkern_cuda_gate_step,
+    msdkern_cuda_gather_rows, msdkern_cuda_scatter_rows,
 };
 
 py::dict as_dict(const msdkern::Device &d) {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host's side of a call: the device, the layout of shared memory, the launch.
+// The host's side of every call: the device, the launch.
 #pragma once
 
 #include <map>
 #include <mutex>
 #include <string>
 
-#include "loss.cuh"
+#include "../msdkern.h"
+#include "ladder.h"
+#include "rows.cuh"
 
 namespace msdkern {
 
@@ -32,7 +34,8 @@ struct Machine {
     int processors, shared;  // shared: bytes that a block may have
     bool clusters;
 };
-const Machine &machine(int device);  // asked once per device
+const Machine &machine(int device);    // asked once per device
+int64_t most_gate_blocks(int device);  // that count rows for gate_step
 
 // Keeps the runtime's words, and makes a status of them.
 int status_of(cudaError_t error);
@@ -90,6 +93,13 @@ int with_dtype(int dtype, F f) {
 }
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// The largest power of two, 16 at most, that all these bytes are multiples of.
+inline int common_width(uint64_t bytes) {
+    int width = 16;
+    while (bytes % unsigned(width)) width /= 2;
+    return width;
+}
 
 template <class S>
 bool on_vectors(const void *p, int64_t stride) {

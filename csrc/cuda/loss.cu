@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C ABI of the loss on CUDA devices, and what all families' calls share on the host.
 #include "launch.h"
+#include "loss.cuh"
 
 namespace msdkern {
 
@@ -70,7 +71,9 @@ const char *msdkern_cuda_error(void) { return msdkern::words.c_str(); }
 int64_t msdkern_cuda_workspace(int32_t device, int32_t exits, int32_t teachers) {
     const int64_t fields = int64_t(exits) * (3 + exits + teachers);
     const int64_t blocks = int64_t(msdkern::machine(device).processors) * msdkern::most_resident();
-    return msdkern::kTallyBytes + blocks * fields * int64_t(sizeof(double));
+    const int64_t sums = blocks * fields * int64_t(sizeof(double));
+    const int64_t counts = msdkern::most_gate_blocks(device) * int64_t(sizeof(int));
+    return msdkern::kTallyBytes + (sums > counts ? sums : counts);
 }
 
 }  // extern "C"

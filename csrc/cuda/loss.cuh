@@ -4,16 +4,9 @@
 #pragma once
 
 #include "sweeps.cuh"
+#include "tally.h"
 
 namespace msdkern {
-
-// In the workspace, before the blocks' sums.
-struct Tally {
-    unsigned blocks;       // that are done; 0 between calls
-    unsigned bad_label;    // 1 after a label out of range, until somebody clears it
-    double rows, weights;  // valid rows and their labels' class weights, where counted beforehand
-};
-constexpr int kTallyBytes = 64;
 
 // In shared memory, before the teams.
 struct Block {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "launch.h"
+#include "loss.cuh"
 
 namespace msdkern {
 

@@ -4,7 +4,9 @@
 The calls are those of executors/native.py; this file says where they run. Nothing waits for the
 device and nothing on it is read: numbers held in tensors there stay there. A label out of range
 therefore cannot raise. It makes its row's terms and gradient NaN, and with them the loss, and is
-remembered: `check_labels` waits for the device and raises.
+remembered: `check_labels` waits for the device and raises. So does `check_indices` for rows that
+do not exist: `compact_rows` fills them with zeros, `scatter_rows` leaves them out. A temperature
+of a gate that is not positive makes its scores NaN, and a threshold that is NaN lets no row leave.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from msdkern import reference
 from msdkern.executors import native, tables
 
-BAD_LABEL = 1  # index of the flag among the workspace's 32-bit words
+BAD_LABEL, BAD_INDEX = 1, 6  # indices of the flags among the workspace's 32-bit words
 CUDA_ERROR = 7
 
 
@@ -62,6 +64,15 @@ class _Cuda(native.Machine):
             return float(value.item()), None
         return 1.0, value.to(reference.accumulation_dtype(dtype))
 
+    def numbers(self, value: Tensor, dtype: torch.dtype) -> tuple[list[float], Tensor | None]:
+        if value.device.type == "cpu":
+            return value.view(-1).tolist(), None
+        there = value.to(reference.accumulation_dtype(dtype)).contiguous()
+        return [1.0] * value.numel(), there
+
+    def count(self, value: Tensor | None, otherwise: int) -> tuple[int, Tensor | None]:
+        return (otherwise, None) if value is None else (0, value)
+
     def stream(self, device: torch.device) -> int:
         return torch.cuda.current_stream(device).cuda_stream
 
@@ -98,26 +109,44 @@ class _Cuda(native.Machine):
         if status == CUDA_ERROR:
             raise RuntimeError(f"{op}: CUDA says: {self.kernels().last_error()}")
 
+    def _met(self, flag: int) -> bool:
+        """Whether a flag is up in any workspace; it is put down. Waits for the device."""
+        flags = [w[:32].view(torch.int32)[flag] for w in self.workspaces.values()]
+        met = [flag.item() for flag in flags]
+        for one in flags:
+            one.zero_()
+        return any(met)
+
     def check_labels(self) -> None:
         """Raise ValueError if a call since the last check met a label that is out of range.
 
         Waits for the device. Calls recorded in a CUDA graph are not covered: their loss is NaN.
         """
-        flags = [w[:8].view(torch.int32)[BAD_LABEL] for w in self.workspaces.values()]
-        met = [flag.item() for flag in flags]
-        for flag in flags:
-            flag.zero_()
-        if any(met):
+        if self._met(BAD_LABEL):
             rule = "labels must be in [0, C) or ignore_index"
             raise ValueError(f"multi_exit_loss: {rule}; got one that is out of range on a GPU")
+
+    def check_indices(self) -> None:
+        """Raise ValueError if `compact_rows` or `scatter_rows` met a row that does not exist.
+
+        Since the last check. Waits for the device. Calls recorded in a CUDA graph are not covered.
+        """
+        if self._met(BAD_INDEX):
+            rule = "rows must be those of the tensors"
+            raise ValueError(f"compact_rows, scatter_rows: {rule}; got one that does not exist")
 
 
 _cuda = _Cuda()
 check_labels = _cuda.check_labels
+check_indices = _cuda.check_indices
 multi_exit_loss = _cuda.multi_exit_loss
 multi_exit_row_losses = _cuda.multi_exit_row_losses
 multi_exit_row_losses_backward = _cuda.multi_exit_row_losses_backward
 multi_exit_softmax = _cuda.multi_exit_softmax
 multi_exit_softmax_backward = _cuda.multi_exit_softmax_backward
 exit_statistics = _cuda.exit_statistics
+exit_gate = _cuda.exit_gate
+gate_step = _cuda.gate_step
+compact_rows = _cuda.compact_rows
+scatter_rows = _cuda.scatter_rows
 scale_ = _cuda.scale_

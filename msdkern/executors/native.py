@@ -25,7 +25,7 @@ from msdkern.executors.arguments import (
     SCALAR,
     LossArguments,
 )
-from msdkern.executors.native_gate import compact_rows, exit_gate, gate_step, scatter_rows
+from msdkern.executors.native_gate import Gates
 from msdkern.executors.tables import (
     ABI_VERSION,
     DTYPE_CODES,
@@ -37,7 +37,7 @@ from msdkern.executors.tables import (
     unit_columns,
 )
 
-__all__ = ["ABI_VERSION", "compact_rows", "exit_gate", "gate_step", "scatter_rows"]
+__all__ = ["ABI_VERSION"]
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def _fail(
     raise ValueError(f"{op}: {sentences.get(status, f'sizes out of range (status {status})')}")
 
 
-class Machine:
+class Machine(Gates):
     """The ops on one kind of machine: here the CPU."""
 
     def kernels(self) -> Any:
@@ -289,4 +289,8 @@ multi_exit_row_losses_backward = _cpu.multi_exit_row_losses_backward
 multi_exit_softmax = _cpu.multi_exit_softmax
 multi_exit_softmax_backward = _cpu.multi_exit_softmax_backward
 exit_statistics = _cpu.exit_statistics
+exit_gate = _cpu.exit_gate
+gate_step = _cpu.gate_step
+compact_rows = _cpu.compact_rows
+scatter_rows = _cpu.scatter_rows
 scale_ = _cpu.scale_

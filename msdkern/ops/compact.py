@@ -28,7 +28,8 @@ def compact_rows(x: Rows, stay: Tensor, count: int | Tensor) -> Rows:
     Returns:
         A tensor, or a tuple of tensors, never a view. No gradient passes.
 
-    Raises: ValueError, TypeError with one sentence. Rows that do not exist are found on the CPU.
+    Raises: ValueError, TypeError with one sentence. Rows that do not exist are found on the CPU; on
+    a GPU, executor `cuda` gathers zeros for them (`msdkern.executors.cuda.check_indices` tells).
     """
     op = "compact_rows"
     tensors = _tensors(op, "x", x)

@@ -35,6 +35,12 @@ class OnDevice:
     def scale(self, dtype, threads, *rest):
         return _cuda.scale(dtype, self.place, *rest)
 
+    def gate(self, step, dtype, threads, *rest):
+        return _cuda.gate(step, dtype, self.place, *rest)
+
+    def copy_rows(self, scatter, threads, *rest):
+        return _cuda.copy_rows(scatter, self.place, *rest)
+
     def isas(self):
         return ["cuda"]
 
@@ -59,6 +65,26 @@ CALLS = [
 ]
 
 
+# exits, rows, classes of the gates: every way to own a row; two pieces of one; several blocks of
+# the grid, and a second launch.
+GATES = [
+    (3, 5, 10), (2, 5, 67), (2, 3, 300), (2, 2, 4099), (2, 2, 16000), (1, 2, 33001), (1, 2500, 9),
+    (1, 4100, 1),
+]  # fmt: skip
+
+
+def check_exits_of_rows_that_left(module):
+    """The second exit has no memory at all."""
+    z, rows = np.zeros(5 * 9, np.float32), 5
+    index, prediction, score = (np.zeros(rows, t) for t in (np.int64, np.int64, np.float32))
+    outputs = [o.ctypes.data for o in (prediction, score, index)]
+    none = (0, 0, 0)
+    assert module.gate(
+        False, 0, 1, 0, rows, rows, 9, [z.ctypes.data, 0], [9, 9], [1.0], [-np.inf], *none, outputs
+    ) == 0  # fmt: skip
+    assert (index == 0).all()
+
+
 def main():
     module = OnDevice()
     for *call, options in CALLS:
@@ -67,6 +93,12 @@ def main():
         for exits, rows, classes in ((2, 3, 8), (3, 3, 67), (1, 1, 17001)):
             native.check_softmax(module, dtype, exits, rows, classes, log=classes == 67)
             native.check_statistics(module, dtype, exits, rows, classes)
+    for number, shape in enumerate(GATES):
+        dtype = ("float32", "bfloat16")[number % 2]
+        for measure in (0, 1, 2, 5) if shape[1] * shape[2] < 2000 else (number % 3,):
+            native.check_gate(module, dtype, *shape, measure)
+    check_exits_of_rows_that_left(module)
+    native.check_copy(module, 7, [1, 4, 8, 33, 0, 40000])
     native.check_scale(module, "float32", (3, 4097))
     print("calls", len(CALLS))
 

@@ -42,7 +42,7 @@ def test_every_home_and_team(sanitized):
     assert done.stdout.startswith("calls ")
 
 
-@pytest.mark.parametrize("lie", ["rows", "classes", "gradient", "statistics"])
+@pytest.mark.parametrize("lie", ["rows", "classes", "gradient", "statistics", "gate", "copy"])
 def test_a_call_that_lies_about_its_buffers_is_noticed(sanitized, lie):
     """Without this the test above could not fail."""
     mode, folder = sanitized

@@ -18,7 +18,8 @@ from tests.cuda.harness.build import CSRC
 NVCC = shutil.which("nvcc") or os.path.join(
     os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"
 )
-SOURCES = ("loss_f32", "loss_bf16")
+LOSSES = ("loss_f32", "loss_bf16", "loss_f64")
+SOURCES = (*LOSSES, "gate", "softmax", "compact")
 REGISTERS = 64 * 1024  # of a processor, and the piece in which warps get them
 PIECE, THREADS_PER_WARP = 256, 32
 
@@ -76,7 +77,7 @@ def test_no_kernel_has_a_stack_frame_or_spills(cubins):
     }
     assert not frames
     for cubin in cubins:
-        assert not re.findall(r"\b(?:STL|LDL)\b", run(tool(), "-sass", cubin))
+        assert not re.findall(r"\b(?:STL|LDL)\b", sass(cubin))
 
 
 def resident(registers, threads):
@@ -95,11 +96,62 @@ def test_registers_leave_room_for_the_blocks_that_the_ladder_claims(cubins):
                 threads, blocks = map(int, claim.groups())
                 assert resident(usage["REG"], threads) >= blocks, (name, usage["REG"])
                 seen += 1
-    assert seen == 6 * len(SOURCES)
+    assert seen == 6 * 2 + 4  # no registers hold a sample of float64
+
+
+# Blocks of 256 threads per processor that ways.h and softmax.cu claim, by the storage type.
+CLAIMS = {
+    "gate_kernel": {"f": 4, "d": 2, "6__half": 3, "13__nv_bfloat16": 3},
+    "statistics_kernel": {"f": 4, "d": 2, "6__half": 3, "13__nv_bfloat16": 3},
+    "held_softmax_kernel": {"f": 3, "d": 2, "6__half": 2, "13__nv_bfloat16": 2},
+    "held_softmax_backward_kernel": {"f": 3, "d": 2, "6__half": 2, "13__nv_bfloat16": 2},
+}
+MEASURES = {"gate_kernel": 4}  # instances per type; of others one
+
+
+def row_kernels(cubins):
+    """(cubin, mangled name, usage, kernel, type) of all that read a row once."""
+    for cubin in cubins:
+        for name, usage in kernels(cubin).items():
+            found = re.search(rf"\d({'|'.join(CLAIMS)})I(f|d|6__half|13__nv_bfloat16)", name)
+            if found:
+                yield cubin, name, usage, *found.groups()
+
+
+def test_registers_leave_room_for_the_blocks_that_read_rows_once(cubins):
+    seen = dict.fromkeys(CLAIMS, 0)
+    for _, name, usage, kernel, storage in row_kernels(cubins):
+        assert resident(usage["REG"], 256) >= CLAIMS[kernel][storage], (name, usage["REG"])
+        seen[kernel] += 1
+    assert seen == {kernel: 4 * MEASURES.get(kernel, 1) for kernel in CLAIMS}
+
+
+def test_rows_that_are_read_once_are_read_16_bytes_at_a_time(cubins):
+    """Four loads in flight where rows begin on 16 bytes; two rows in the backward."""
+    for cubin, name, _, kernel, _ in row_kernels(cubins):
+        body = body_of(cubin, name)
+        assert widths(body, "LDG")[128] == (8 if "backward" in kernel else 4), name
+        assert widths(body, "STG")[128] == (4 if "softmax" in kernel else 0), name
+
+
+def test_rows_are_copied_16_bytes_at_a_time(cubins):
+    seen = 0
+    for cubin in cubins:
+        for name in kernels(cubin):
+            if "copy_kernel" in name:
+                body = body_of(cubin, name)
+                assert widths(body, "LDG")[128] == widths(body, "STG")[128] == 4
+                seen += 1
+    assert seen == 1
+
+
+@functools.cache
+def sass(cubin):
+    return run(tool(), "-sass", cubin)
 
 
 def body_of(cubin, kernel):
-    text = run(tool(), "-sass", cubin)
+    text = sass(cubin)
     start = text.index(f"Function : {kernel}")
     end = text.find("Function :", start + 1)
     return text[start : end if end > 0 else None]

@@ -64,12 +64,18 @@ def decide(scores, threshold, measure):
 @hypothesis.settings(property_test, max_examples=150)
 def test_scores(rows, classes, kind, layout, dtype, measure, temperature, seed):
     z = lay_out(make_logits(kind, (1, rows, classes), dtype, seed)[0], layout)
+    check_scores(z, measure, temperature, SERVERS)
+
+
+def check_scores(z, measure, temperature, servers):
+    """One exit's answers, and the order of the rows."""
+    classes, dtype = z.shape[1], z.dtype
     real = reference.accumulation_dtype(dtype)
     true = definition(z.double(), temperature, measure)
     peer = definition(z.to(real), temperature, measure)
     reach = torch.where(z.isfinite(), z.double().abs(), 0.0).amax(-1) / temperature + classes**0.5
     size = reach if measure in (*LOW, "max_logit") else 1.0
-    for server in SERVERS:
+    for server in servers:
         with serve(server):
             out = msdkern.gate_step(z, 0.5, measure, temperature=temperature)
         assert out.score.dtype == real
@@ -129,8 +135,13 @@ def test_a_late_maximum_rescales_what_was_summed_before(server):
 def test_leaving_one_by_one_is_choosing_afterwards(
     exits, rows, classes, kind, dtype, measure, threshold, several, seed
 ):
-    """gate_step with compaction, exit_gate over everything, and a choice among all scores."""
     z = make_logits(kind, (exits, rows, classes), dtype, seed)
+    check_leaving(z, measure, threshold, several, seed, SERVERS)
+
+
+def check_leaving(z, measure, threshold, several, seed, servers):
+    """gate_step with compaction, exit_gate over everything, and a choice among all scores."""
+    exits, (rows, _), dtype = len(z), z[0].shape, z[0].dtype
     if rows > 1:
         z[seed % exits][seed % rows, 0] = torch.nan
     g = generator(seed)
@@ -138,7 +149,7 @@ def test_leaving_one_by_one_is_choosing_afterwards(
     score = torch.rand(exits, rows, generator=g, dtype=real) if measure == "score" else None
     limits = [threshold + (0.1 * k if several else 0.0) for k in range(exits)]
     t = [1.0 + (0.5 * k if several else 0.0) for k in range(exits)]
-    for server in SERVERS:
+    for server in servers:
         with serve(server):
             whole = msdkern.exit_gate(
                 z, limits if several else threshold, measure, temperature=t, score=score
@@ -195,9 +206,14 @@ def leave_one_by_one(z, limits, measure, temperature, score):
 )  # fmt: skip
 @hypothesis.settings(property_test, max_examples=60)
 def test_fixed_shapes_give_the_same(exits, rows, measure, threshold, seed):
-    """Nothing is read on the host between the exits, and every tensor keeps N rows."""
     z = make_logits("random", (exits, rows, 7), torch.float32, seed)
-    for server in SERVERS:
+    check_fixed_shapes(z, measure, threshold, SERVERS)
+
+
+def check_fixed_shapes(z, measure, threshold, servers):
+    """Nothing is read on the host between the exits, and every tensor keeps N rows."""
+    rows = z[0].shape[0]
+    for server in servers:
         with serve(server):
             expected = msdkern.exit_gate(z, threshold, measure)
             out = (torch.full((rows,), -1), torch.full((rows,), -1), torch.zeros(rows))
