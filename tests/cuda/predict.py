@@ -11,10 +11,8 @@ slots, exponentials over what the special function units do. Reality adds what d
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +36,11 @@ ALWAYS = (
     ("tile.cuh", r"s\.template dense<Home>\(\)", "false"),
     ("tile.cuh", r"\bs\.gradient\b(?!_)", "true"),
     ("tile.cuh", r"next < s\.call\.rows", "true"),
-    ("tile.cuh", r"(unsigned\(\(W - 1\) \* step\)\) return;)", r'\1 asm volatile("trap;"); return;'),
+    (
+        "tile.cuh",
+        r"(unsigned\(\(W - 1\) \* step\)\) return;)",
+        r'\1 asm volatile("trap;"); return;',
+    ),
     ("rows.cuh", r"return vector && first\(i\) \+ V <= classes;", "return true;"),
 )
 KERNEL = """
@@ -79,9 +81,7 @@ class Kernel:
                 raise ValueError(f"predict: {name} must have {pattern!r}; got none")
             path.write_text(changed)
         out = folder / "counted.cu"
-        out.write_text(
-            KERNEL.format(type=TYPES[self.dtype], home=self.home, rows=self.rows)
-        )
+        out.write_text(KERNEL.format(type=TYPES[self.dtype], home=self.home, rows=self.rows))
         return out
 
     @property
@@ -192,7 +192,8 @@ def table(cases: list[Case]) -> list[str]:
     with ThreadPoolExecutor(2) as pool:
         costs = dict(zip(wanted, pool.map(cost, wanted), strict=True))
     lines = [
-        "| case | shape | dtype | slots / logit | exp / logit | bytes, µs | issue, µs | exp, µs | floor |",
+        "| case | shape | dtype | slots / logit | exp / logit | bytes, µs | issue, µs | exp, µs |"
+        " percent of the floor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case, kernel in kernels.items():
@@ -202,7 +203,7 @@ def table(cases: list[Case]) -> list[str]:
         lines.append(
             f"| {case.name} | {case.shape} | {case.dtype} | {found['slots']:.1f} |"
             f" {costs[kernel].exponentials:.1f} | {found['bytes']:.1f} | {found['issue']:.1f} |"
-            f" {found['exponentials']:.1f} | {100 * found['floor']:.0f} % |"
+            f" {found['exponentials']:.1f} | {100 * found['floor']:.0f} |"
         )
     return lines
 
