@@ -344,13 +344,13 @@ struct Tile {
                 Real moment = 0;
 #pragma unroll
                 for (int w = 0; w < W; ++w) {
-                    mass[w] += weight * cells.q[r][w];
+                    mass[w] += weight * (cells.q[r][w] - (kRelative ? cells.q[k][w] : Real(0)));
                     moment += cells.q[r][w] * (cells.y[r][w] - cells.y[k][w]);
                 }
                 value += weight * moment;
             });
             value *= Real(kLn2);
-            const Real n = s.state[k].n, scale = s.state[k].pair_scale;
+            const Real n = kRelative ? Real(0) : s.state[k].n, scale = s.state[k].pair_scale;
 #pragma unroll
             for (int w = 0; w < W; ++w) {
                 const Real gap = forward_kl_gradient(cells.q[k][w], n, mass[w]);
