@@ -140,8 +140,9 @@ def test_more_labels_than_a_block_counts(on_cuda):
 
 
 def call(on_device=True, **options):
-    """A loss whose numbers are tensors; `on_device`: as a GPU's would be, read by the kernel. Each is
-    one that float32 holds exactly: by value they travel as doubles."""
+    """A loss whose numbers are tensors; `on_device`: as a GPU's would be, read by the kernel.
+
+    Each is one that float32 holds exactly: by value they travel as doubles."""
     z = [x.requires_grad_() for x in make_case(PLAIN, (3, 4, 20)).problem.logits]
     numbers = {"temperature": 2.5, "pair_scale": 0.375, "normalizer": 7.0} | options
     out = msdkern.multi_exit_loss(
