@@ -18,17 +18,32 @@ struct Rung {
     int resident;   // blocks per processor, for which registers and shared memory leave room
 };
 
-// The first rung that fits serves, if its shared memory leaves room for `resident` blocks. Up to
-// 48 KB per block leave room for four blocks per processor, whose loads, arithmetic and stores
-// overlap; beyond, a cluster shares the row set, and only what no cluster can hold that way takes
-// a processor's memory whole. The last rungs hold nothing.
+// The first rung that fits serves, if its shared memory leaves room for `resident` blocks, whose
+// loads, arithmetic and stores overlap.
+//
+// For the sweeps of tile.cuh. Three blocks of 128 threads leave 168 registers to each thread. A row
+// set of more than 64 KB is shared by a cluster, and only what no cluster can hold that way takes a
+// processor's memory whole. The last rung holds nothing.
 // clang-format off
-constexpr Rung kLadder[] = {
+constexpr Rung kTileLadder[] = {
     {Home::kRegisters, 8, 1,   8, 128,  1,   0, 3},
     {Home::kRegisters, 8, 1,  16, 128,  1,   0, 3},
     {Home::kRegisters, 8, 1,  32, 128,  1,   0, 3},
-    {Home::kRegisters, 8, 2,  32, 128,  1,   0, 2},
-    {Home::kRegisters, 8, 2, 128, 128,  1,   0, 2},
+    {Home::kShared,    0, 4,   8, 128,  1,  64, 3},
+    {Home::kShared,    0, 4,  32, 128,  1,  64, 3},
+    {Home::kShared,    0, 0, 128, 128,  1,  64, 3},
+    {Home::kShared,    0, 0, 128, 128,  2,  64, 3},
+    {Home::kShared,    0, 0, 128, 128,  4,  64, 3},
+    {Home::kShared,    0, 0, 128, 128,  8,  64, 3},
+    {Home::kShared,    0, 0, 128, 128, 16,  64, 3},
+    {Home::kShared,    0, 0, 384, 384,  8, 176, 1},
+    {Home::kShared,    0, 0, 384, 384, 16, 176, 1},
+    {Home::kShared,    0, 0, 384, 384,  1, 176, 1},
+    {Home::kGlobal,    0, 0, 384, 384,  1,   0, 1},
+};
+// For all others: more exits, other divergences, float64. Up to 48 KB per block leave room for four
+// blocks per processor.
+constexpr Rung kLadder[] = {
     {Home::kShared,    0, 4,   8, 128,  1,  48, 4},
     {Home::kShared,    0, 4,  32, 128,  1,  48, 4},
     {Home::kShared,    0, 4, 128, 128,  1,  48, 4},
@@ -44,7 +59,7 @@ constexpr Rung kLadder[] = {
     {Home::kGlobal,    0, 0, 128, 128,  1,   0, 1},
 };
 // clang-format on
-constexpr int kRungs = sizeof kLadder / sizeof kLadder[0];
+constexpr int kTileThreads = 384;  // of a processor
 
 // Blocks of 256 threads per processor that a kernel's registers leave room for. Pairwise
 // divergences and float64 need more of them than the ladder's common calls.

@@ -72,6 +72,7 @@ constexpr int64_t kMostClasses = INT32_MAX - (1 << 20);
 inline int most_resident() {
     int most = 0;
     for (const Rung &rung : kLadder) most = rung.resident > most ? rung.resident : most;
+    for (const Rung &rung : kTileLadder) most = rung.resident > most ? rung.resident : most;
     return most;
 }
 

@@ -3,21 +3,25 @@
 // whose last block adds up what all found.
 #pragma once
 
+#include "named.cuh"
 #include "sweeps.cuh"
 #include "tally.h"
+#include "tile.cuh"
 
 namespace msdkern {
-
-// In shared memory, before the teams.
-struct Block {
-    double scratch[32];
-    int last;
-};
-constexpr int kBlockBytes = 320;
 
 struct Factors {
     double ce, rows, mean_ce, mean_rows;  // r of the two parts, and what r is for means
 };
+
+// In shared memory, before the teams.
+struct Block {
+    double scratch[32];
+    Factors factor;
+    int last;
+};
+constexpr int kBlockBytes = 320;
+static_assert(sizeof(Block) <= kBlockBytes, "teams come after it");
 
 MSDKERN_DEVICE double reciprocal(double x) { return x > 0 ? 1 / x : 0; }
 
@@ -68,7 +72,7 @@ MSDKERN_DEVICE Factors factors(const msdkern_loss &call, const Plan &plan, doubl
     return f;
 }
 
-template <class S, class Home, bool kGeneral>
+template <class S, class Home>
 struct LossKernel {
     typedef RealOf<S> Real;
     const msdkern_loss &call;
@@ -90,6 +94,7 @@ struct LossKernel {
           s(c, p, t, cut, memory),
           home(p, t),
           sums(reinterpret_cast<double *>(memory + p.team_bytes) - p.fields) {
+#pragma unroll 1
         for (int i = team.local; i < plan.fields; i += team.lanes) sums[i] = 0;
         if (call.pairs != MSDKERN_PAIRS_DENSE) named_weights();
         team.sync();
@@ -102,8 +107,10 @@ struct LossKernel {
     // Student i's divergence is share sum_j w_ij D_ij with sum_j w_ij = n. Mutual sums count the
     // student's own share, so that one sum serves all students.
     MSDKERN_DEVICE void named_weights() {
+#pragma unroll 1
         for (int i = team.local; i < s.exits; i += team.lanes) {
             Real n = call.pairs == MSDKERN_PAIRS_MUTUAL, share = 0;
+#pragma unroll 1
             for (int j = 0; j < s.rows; ++j) {
                 const Real w = named_weight<Real>(call.pairs, s.exits, i, j);
                 s.weight[i * s.rows + j] = w;
@@ -116,8 +123,10 @@ struct LossKernel {
     }
     MSDKERN_DEVICE void dense_weights() {
         const Real *given = real(call.pair_weight);
+#pragma unroll 1
         for (int i = team.local; i < s.exits; i += team.lanes) {
             Real n = 0;
+#pragma unroll 1
             for (int j = 0; j < s.rows; ++j) {
                 const int64_t pair = i * s.rows + j;
                 const Real w = given[call.pair_weight_per_row ? pair * call.rows + s.n : pair];
@@ -133,67 +142,95 @@ struct LossKernel {
         return real(call.exit_weight)[call.exit_weight_per_row ? at(k) : k];
     }
 
-    // (1)-(7) for sample n.
-    MSDKERN_DEVICE void run(int64_t n) {
+    // (1)-(7) for sample n; `next` comes after it.
+    MSDKERN_DEVICE void run(int64_t n, int64_t next) {
         const int64_t label = call.label ? call.label[n] : -1;
         const bool ignored = call.label && label == call.ignore_index;
         const bool bad = call.label && !ignored && (label < 0 || label >= call.classes);
         s.n = n;
-        s.label = ignored || bad ? -1 : label;
+        s.label = ignored || bad ? -1 : int(label);
         if (bad && leads() && team.local == 0 && call.place.workspace)
             atomicOr(&static_cast<Tally *>(call.place.workspace)->bad_label, 1u);
-        if (ignored && form != Form::kScalar) return skip();
+        if (ignored && form != Form::kScalar) {
+            if constexpr (Home::kTile) home.drop();
+            return skip();
+        }
         home.load(call, s.cut, s.rows, n);
-        s.softmaxes(home, form == Form::kScalar);
-        for (int r = team.local; r < s.rows; r += team.lanes) normalise(r);
+        softmaxes(form == Form::kScalar);
+#pragma unroll 1
+        for (int r = team.local; r < s.rows; r += team.lanes) normalise(r, next);
         if (form == Form::kScalar && leads()) predictions();
         if (ignored) {
             team.sync();
             return skip();
         }
         if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights();
+#pragma unroll 1
         for (int k = team.local; k < s.exits; k += team.lanes) cross_entropy(k, bad);
         team.sync();
         if (s.divergent) finish_logs();
-        divergences();
+        divergences(next);
+#pragma unroll 1
         for (int k = team.local; k < s.exits; k += team.lanes) report(k);
         team.sync();  // the next sample begins anew
     }
     MSDKERN_DEVICE void skip() {
         s.zero_gradients();
         if (form != Form::kRows || !leads()) return;
+#pragma unroll 1
         for (int k = team.local; k < s.exits; k += team.lanes)
             real(call.row_cross_entropy)[at(k)] = real(call.row_divergence)[at(k)] = 0;
     }
+    MSDKERN_DEVICE void softmaxes(bool predicts) {
+        if constexpr (Home::kTile)
+            Tile<S, Home>{s, home}.softmaxes(predicts);
+        else
+            s.softmaxes(home, predicts);
+    }
     // The logarithm of a sum in double: rounded, it would leave a divergence of near-identical
     // exits, which is of second order, with an error of first order.
-    MSDKERN_DEVICE void normalise(int r) const {
+    MSDKERN_DEVICE void normalise(int r, int64_t next) const {
+        RowState<Real> &state = s.state[r];
+        if constexpr (Home::kTile) {
+            state.from = row_of<S>(call, r, Home::kOnline ? s.n : next);
+            if (r < s.exits) state.to = s.gradient_of(r);
+        } else {
+            state.drift = state.one_drift = 0;
+        }
         const Real sum = s.exchange.get(r);
-        s.state[r].inverse_t = 1 / sum;
-        s.state[r].slack = Real(1 - double(s.state[r].inverse_t) * double(sum));
-        if (s.divergent) s.state[r].log = log(double(sum));
+        state.terms.inverse = 1 / sum;
+        state.inverse_t = state.terms.inverse * exponential2(state.drift);
+        state.slack = Real(1 - double(state.terms.inverse) * double(sum));
+        if (s.divergent) state.log = log(double(sum)) - kLn2 * double(state.drift);
     }
     MSDKERN_DEVICE void finish_logs() const {
-        const double deepest = s.state[s.exits - 1].log;
+        const RowState<Real> &deepest = s.state[s.exits - 1];
+#pragma unroll 1
         for (int r = team.local; r < s.rows; r += team.lanes) {
-            const double gap = s.state[r].log - deepest;
-            s.state[r].log_t = Real(s.state[r].log);
-            s.state[r].gap = Real(gap);
-            s.state[r].slack += Real(gap - double(Real(gap)));
+            RowState<Real> &state = s.state[r];
+            const double gap = state.log - deepest.log;
+            const double level = gap + kLn2 * (double(state.drift) - double(deepest.drift));
+            state.log_t = Real(state.log);
+            state.gap = Real(gap);
+            state.level = Real(level);
+            state.slack += Real(level - double(state.level));
         }
         team.sync();
     }
     MSDKERN_DEVICE void predictions() const {
+#pragma unroll 1
         for (int k = team.local; k < s.exits; k += team.lanes) {
             const RowState<Real> &state = s.state[k];
-            real(call.confidence)[at(k)] = 1 / s.exchange.get(s.rows + k);
+            real(call.confidence)[at(k)] =
+                exponential2(state.one_drift) / s.exchange.get(s.rows + k);
             call.prediction[at(k)] = state.nan != INT32_MAX ? state.nan : state.prediction;
         }
     }
     // CE_k[n], and the scales of its gradient.
     MSDKERN_DEVICE void cross_entropy(int k, bool bad) const {
         RowState<Real> &state = s.state[k];
-        const Real one = s.exchange.get(s.rows + k), log_one = logarithm(one);
+        const Real one = s.exchange.get(s.rows + k);
+        const Real log_one = logarithm(one) - Real(kLn2) * state.one_drift;
         Real mass = 0, ce = 0;
         if (s.dense_target) {
             mass = s.exchange.get(2 * s.rows + s.exits);
@@ -211,36 +248,50 @@ struct LossKernel {
         }
         const Real a = call.label || call.target ? upstream * exit_weight(k) : Real(0);
         state.p_scale = a * mass / one;
+        state.terms.p_scale = state.p_scale;
+        for (int i = 0; i < s.power; ++i) state.terms.p_scale *= s.exchange.get(k);
         state.mass_scale = s.dense_target ? a : a * mass;
         state.pair_scale =
-            of_divergence * s.scale * (kGeneral ? Real(1) : state.share * s.inverse_t);
+            of_divergence * s.scale * (plan.general ? Real(1) : state.share * s.inverse_t);
         state.value = 0;
         state.ce = ce;
     }
-    MSDKERN_DEVICE void divergences() {
-        double *matrix = call.pair_divergence && leads() ? sums + 3 * s.exits : nullptr;
-        if constexpr (kGeneral) {
-            Pairs<S, Home, true> pairs = {s, home, matrix};
-            pairs.values();
-            if (s.gradient) pairs.gradients();
+    MSDKERN_DEVICE void divergences(int64_t next) {
+        if constexpr (Home::kTile) {
+            Tile<S, Home>{s, home}.sweep(next);
         } else {
+            if (plan.general) return two_sweeps();
             sweep_students(s, home);
-            team.sync();
-            if (!s.divergent || !any_spoilt()) return;
-            Global<S> again(plan, team);
-            again.load(call, s.cut, s.rows, s.n);
-            Pairs<S, Global<S>, false> pairs = {s, again, matrix};
-            team.sync();
-            pairs.values();
         }
+        team.sync();
+        if (s.divergent && any_spoilt()) {
+            team.sync();
+            Careful<S>{s}.values();
+        }
+    }
+    // Values, then gradients.
+    MSDKERN_DEVICE void two_sweeps() {
+        if (Named<S, Home>::serves(call)) {
+            Named<S, Home> named(s, home);
+            if (named.values()) {
+                if (s.gradient) named.gradients();
+                return;
+            }
+        }
+        double *matrix = call.pair_divergence && leads() ? sums + 3 * s.exits : nullptr;
+        const Pairs<S, Home> pairs = {s, home, matrix};
+        pairs.values();
+        if (s.gradient) pairs.gradients();
     }
     MSDKERN_DEVICE bool any_spoilt() const {
         bool any = false;
+#pragma unroll 1
         for (int k = 0; k < s.exits; ++k) any |= spoilt(s.state[k].value);
         return any;
     }
     MSDKERN_DEVICE void report(int k) const {
         Real value = s.state[k].value;
+#pragma unroll 1
         for (int j = 0; s.divergent && j < s.rows; ++j) {
             const Real w = s.weight[k * s.rows + j];
             if (w != 0) value -= w * s.error(k, j);  // a teacher without weight may hold NaN
@@ -273,8 +324,10 @@ MSDKERN_DEVICE void add_up(const msdkern_loss &call, const Plan &plan, const Fac
         return reinterpret_cast<double *>(end) - plan.fields;
     };
     __syncthreads();
+#pragma unroll 1
     for (int f = threadIdx.x; f < plan.fields; f += blockDim.x) {
         double sum = 0;
+#pragma unroll 1
         for (int t = 0; t < plan.teams; ++t) sum += sums_of(t)[f];
         all[int64_t(mine) * plan.fields + f] = sum;
     }
@@ -286,6 +339,7 @@ MSDKERN_DEVICE void add_up(const msdkern_loss &call, const Plan &plan, const Fac
     __threadfence();
     double *const total = sums_of(0);
     const Team warp(32, 1);
+#pragma unroll 1
     for (int f = warp.index; f < plan.fields; f += int(blockDim.x) / 32) {
         double sum = 0;
         for (int b = warp.local; b < blocks; b += 32)
@@ -295,38 +349,52 @@ MSDKERN_DEVICE void add_up(const msdkern_loss &call, const Plan &plan, const Fac
     }
     __syncthreads();
     const int exits = call.exits, pairs = plan.fields - 3 * exits;
+#pragma unroll 1
     for (int k = threadIdx.x; k < exits; k += blockDim.x) {
         static_cast<Real *>(call.cross_entropy)[k] = Real(factor.mean_ce * total[k]);
         static_cast<Real *>(call.divergence_mean)[k] =
             Real(factor.mean_rows * total[2 * exits + k]);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < pairs; i += blockDim.x)
         static_cast<Real *>(call.pair_divergence)[i] =
             Real(factor.mean_rows * total[3 * exits + i]);
     if (threadIdx.x != 0) return;
     double loss = 0;
+#pragma unroll 1
     for (int k = 0; k < exits; ++k)
         loss += factor.ce * total[exits + k] + factor.rows * total[2 * exits + k];
     *static_cast<Real *>(call.loss) = Real(loss);
     tally->blocks = 0;
 }
 
-template <class S, class Home, bool kGeneral, int kThreads, int kResident>
-__global__ void __launch_bounds__(kThreads, kResident)
-    loss_kernel(const __grid_constant__ msdkern_loss call, const __grid_constant__ Plan plan,
-                Form form) {
+template <class S, class Home>
+MSDKERN_DEVICE void take_samples(const msdkern_loss &call, const Plan &plan, Form form) {
     Block &block = *dyn_smem<Block>();
-    const Team team(plan.lanes, plan.blocks);
+    Team team(plan.lanes, plan.blocks);
     if (plan.blocks > 1) cluster_sync();  // nobody writes to a block that has not begun
     Factors factor = {1, 1, 1, 1};
     if (form == Form::kScalar) factor = factors<RealOf<S>>(call, plan, block.scratch);
+    if (threadIdx.x == 0) block.factor = factor;
+    __syncthreads();
     const Cut<S> cut(team, call.classes, plan.vector);
     unsigned char *memory = dyn_smem<unsigned char>() + plan.team_at + team.index * plan.team_bytes;
-    LossKernel<S, Home, kGeneral> kernel(call, plan, form, team, cut, factor, memory);
+    LossKernel<S, Home> kernel(call, plan, form, team, cut, block.factor, memory);
     const int64_t first = int64_t(blockIdx.x / plan.blocks) * plan.teams + team.index;
     const int64_t step = int64_t(gridDim.x / plan.blocks) * plan.teams;
-    for (int64_t n = first; n < call.rows; n += step) kernel.run(n);
-    if (form == Form::kScalar && team.block == 0) add_up<RealOf<S>>(call, plan, factor, block);
+    for (int64_t n = first; n < call.rows; n += step) {
+        renew(team.lanes), renew(kernel.s.exchange.slots);
+        kernel.run(n, n + step);
+    }
+    if (form == Form::kScalar && team.block == 0)
+        add_up<RealOf<S>>(call, plan, block.factor, block);
+}
+
+template <class S, class Home, int kThreads, int kResident>
+__global__ void __launch_bounds__(kThreads, kResident)
+    loss_kernel(const __grid_constant__ msdkern_loss call, const __grid_constant__ Plan plan,
+                Form form) {
+    take_samples<S, Home>(call, plan, form);
 }
 
 }  // namespace msdkern

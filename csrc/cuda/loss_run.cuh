@@ -11,6 +11,9 @@ namespace msdkern {
 // Rows whose labels every block counts for itself; more are counted by a launch before.
 constexpr int64_t kCounted = 4096;
 
+// Rows that the sweeps of tile.cuh hold at most.
+constexpr int kMostTiled = 8;
+
 struct Choice {
     const Rung *rung;
     Plan plan;
@@ -26,9 +29,10 @@ class Chooser {
         : call_(call),
           machine_(machine(call.place.device)),
           rows_(call.exits + call.teachers),
-          registers_(!general && sizeof(S) <= 4 && call.pairs != MSDKERN_PAIRS_DENSE &&
-                     call.divergence == MSDKERN_FORWARD_KL && !call.target &&
-                     call.label_smoothing == 0 && call.classes % kVector<S> == 0) {
+          labels_(!call.target && call.label_smoothing == 0),
+          tile_(!general && sizeof(S) <= 4 && call.divergence == MSDKERN_FORWARD_KL &&
+                all_or_none() && rows_ <= (call.pairs == MSDKERN_PAIRS_DENSE ? 4 : kMostTiled) &&
+                (rows_ <= 4 || call.exits > 4)) {
         plan_.vector = true;
         for (int r = 0; r < rows_; ++r)
             plan_.vector &= on_vectors<S>(call.logits[r], call.stride[r]);
@@ -38,14 +42,14 @@ class Chooser {
             form != Form::kScalar ? 0 : call.exits * (3 + (call.pair_divergence ? rows_ : 0));
         plan_.slots = 3 * rows_ + 1;
         plan_.counted = kCounted;
+        plan_.general = general;
     }
     // The first rung whose layout fits; the last one when none does.
     Choice choose() {
         Choice choice = {};
-        for (int i = 0; i < kRungs; ++i) {
-            choice.rung = &kLadder[i];
-            if (serves(*choice.rung) && lay_out(choice)) break;
-        }
+        if (tile_ && climb(kTileLadder, choice)) return choice;
+        tile_ = false;
+        climb(kLadder, choice);
         return choice;
     }
 
@@ -54,8 +58,25 @@ class Chooser {
         const int64_t step = int64_t(kVector<S>) * rung.lanes * rung.blocks;
         return (call_.classes + step - 1) / step;
     }
+    // Gradients of every exit, or of none.
+    bool all_or_none() const {
+        int wanted = 0;
+        for (int k = 0; k < call_.exits; ++k) wanted += call_.gradient[k] != nullptr;
+        return wanted == 0 || wanted == call_.exits;
+    }
+    template <size_t kCount>
+    bool climb(const Rung (&ladder)[kCount], Choice &choice) {
+        for (const Rung &rung : ladder) {
+            choice.rung = &rung;
+            if (serves(rung) && lay_out(choice)) return true;
+        }
+        return false;
+    }
     bool serves(const Rung &rung) const {
-        if (rung.home == Home::kRegisters && !(registers_ && plan_.vector)) return false;
+        const bool lean = labels_ && call_.pairs != MSDKERN_PAIRS_DENSE;
+        if (tile_ && rung.home != Home::kShared && !lean) return false;
+        if (rung.home == Home::kRegisters && !(plan_.vector && call_.classes % kVector<S> == 0))
+            return false;
         if (rung.rows && rows_ > rung.rows) return false;
         if (rung.blocks > 1 && !machine_.clusters) return false;
         return !rung.chunks || chunks(rung) <= rung.chunks;
@@ -77,16 +98,23 @@ class Chooser {
         const int64_t team =
             aligned(int64_t(sizeof(RowState<Real>)) * rows_ + reals * int64_t(sizeof(Real))) +
             aligned(p.fields * 8);
-        const int64_t values = rung.home == Home::kRegisters
-                                   ? 0
-                                   : int64_t(call_.exits) * threads * int64_t(sizeof(Real));
-        const int64_t held = rung.home == Home::kShared ? rows_ * chunks(rung) * threads * 16 : 0;
+        p.tile = tile_;
+        // A thread's numbers per row: Tile::softmaxes() has the most.
+        const int per_thread = rung.home == Home::kRegisters ? 0
+                               : !p.tile                     ? 2 * call_.exits
+                               : rung.home == Home::kShared  ? rows_
+                                                             : 3 * rows_;
+        const int64_t values = int64_t(per_thread) * threads * int64_t(sizeof(Real));
+        const int64_t places = rung.home == Home::kShared             ? chunks(rung)
+                               : rung.home == Home::kGlobal && p.tile ? 1
+                                                                      : 0;
+        const int64_t held = rows_ * places * threads * 16;
         const int64_t kept = held / int64_t(sizeof(S)) * int64_t(sizeof(Real));
         p.team_at = kBlockBytes;
         p.team_bytes = int(team);
         p.values_at = int(p.team_at + team * p.teams);
         p.rows_at = int(p.values_at + aligned(values));
-        p.keeps = held + kept <= rung.kilobytes * 1024 / 2;
+        p.keeps = !p.tile && held + kept <= rung.kilobytes * 1024 / 2;
         choice.shared = p.rows_at + held;
         const int64_t most = machine_.shared / rung.resident;
         if (p.keeps && choice.shared + kept <= most)
@@ -98,37 +126,38 @@ class Chooser {
         const int64_t wanted = (call_.rows + p.teams - 1) / p.teams;
         const int64_t room = int64_t(machine_.processors) * rung.resident / rung.blocks;
         choice.grid = (wanted < 1 ? 1 : wanted < room ? wanted : room < 1 ? 1 : room) * rung.blocks;
-        return held <= rung.kilobytes * int64_t(1024) && choice.shared <= most;
+        return (rung.home != Home::kShared || held <= rung.kilobytes * int64_t(1024)) &&
+               choice.shared <= most;
     }
     const msdkern_loss &call_;
     const Machine machine_;
     const int rows_;
-    const bool registers_;
+    const bool labels_;
+    bool tile_;
     Plan plan_ = {};
 };
 
-template <class S, class At, bool kGeneral, int kThreads, int kResident>
+template <class S, class At, int kThreads, int kResident>
 cudaError_t launch_loss(const msdkern_loss &call, const Choice &choice, Form form) {
     return launch(call.place.stream, choice.grid, choice.threads, choice.plan.blocks, choice.shared,
-                  loss_kernel<S, At, kGeneral, kThreads, kResident>, call, choice.plan, form);
-}
-template <class S, class At>
-cudaError_t launch_roomy(const msdkern_loss &call, const Choice &choice, Form form, bool general) {
-    return general ? launch_loss<S, At, true, 256, roomy(true, sizeof(S))>(call, choice, form)
-                   : launch_loss<S, At, false, 256, roomy(false, sizeof(S))>(call, choice, form);
+                  loss_kernel<S, At, kThreads, kResident>, call, choice.plan, form);
 }
 
 template <class S>
-cudaError_t launch_choice(const msdkern_loss &call, const Choice &choice, Form form, bool general) {
+cudaError_t launch_choice(const msdkern_loss &call, const Choice &choice, Form form) {
     const Home home = choice.rung->home;
     if constexpr (sizeof(S) <= 4) {
-        if (home == Home::kRegisters && choice.rung->chunks == 1)
-            return launch_loss<S, Registers<S, 8, 1>, false, 128, 3>(call, choice, form);
         if (home == Home::kRegisters)
-            return launch_loss<S, Registers<S, 8, 2>, false, 128, 2>(call, choice, form);
+            return launch_loss<S, Registers<S, 8, 1>, 128, 3>(call, choice, form);
+        if (choice.plan.tile && home == Home::kGlobal)
+            return launch_loss<S, Streamed<S, kMostTiled>, kTileThreads, 1>(call, choice, form);
+        if (choice.plan.tile && call.exits + call.teachers <= 4)
+            return launch_loss<S, Tiled<S, 4>, kTileThreads, 1>(call, choice, form);
+        if (choice.plan.tile)
+            return launch_loss<S, Tiled<S, kMostTiled>, kTileThreads, 1>(call, choice, form);
     }
-    return home == Home::kShared ? launch_roomy<S, Shared<S>>(call, choice, form, general)
-                                 : launch_roomy<S, Global<S>>(call, choice, form, general);
+    return home == Home::kShared ? launch_loss<S, Shared<S>, 256, 1>(call, choice, form)
+                                 : launch_loss<S, Global<S>, 256, 1>(call, choice, form);
 }
 
 template <class S>
@@ -143,7 +172,7 @@ cudaError_t run_loss(const msdkern_loss &call, Form form) {
                                          count_kernel<RealOf<S>>, call, tally);
         if (error != cudaSuccess) return error;
     }
-    return launch_choice<S>(call, choice, form, general);
+    return launch_choice<S>(call, choice, form);
 }
 
 }  // namespace msdkern

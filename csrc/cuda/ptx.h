@@ -24,6 +24,9 @@ MSDKERN_DEVICE float exp2_approx(float x) {
     return y;
 }
 
+// Keeps what depends on x from being computed ahead of a loop, to be kept in registers all along.
+MSDKERN_DEVICE void renew(int &x) { asm volatile("" : "+r"(x)); }
+
 // 16 bytes from global to shared memory, past the registers and the first-level cache. The copy
 // belongs to the thread: wait_copies() shows it to the thread alone.
 MSDKERN_DEVICE void copy_async(void *to, const void *from) {

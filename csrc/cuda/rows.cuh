@@ -45,6 +45,12 @@ MSDKERN_DEVICE void round_to(float x, bfloat &to) { to = __float2bfloat16_rn(x);
 // |x| 2^-24, that of any float x of this size.
 MSDKERN_DEVICE float exponential(float x) { return exp2_approx(x * 1.4426950408889634f); }
 MSDKERN_DEVICE double exponential(double x) { return exp(x); }
+// 2^x
+MSDKERN_DEVICE float exponential2(float x) { return exp2_approx(x); }
+MSDKERN_DEVICE double exponential2(double x) { return exp2(x); }
+MSDKERN_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+MSDKERN_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 MSDKERN_ANYWHERE float logarithm(float x) { return logf(x); }
 MSDKERN_ANYWHERE double logarithm(double x) { return log(x); }
 // 0 log 0 = 0
@@ -57,19 +63,26 @@ MSDKERN_DEVICE Real lowest() {
     return -Real(INFINITY);
 }
 
-// What was computed before is not kept for later: where a sweep is unrolled, registers are dearer
-// than arithmetic.
-MSDKERN_DEVICE void forget() { asm volatile("" ::: "memory"); }
-
 // f(0) ... f(n - 1): unrolled up to kMost, so that f may index registers; a loop where kMost is 0.
-template <int kMost, class F>
+// n is kLeast or more.
+template <int kMost, int kLeast = 0, class F>
 MSDKERN_DEVICE void each(int n, F f) {
     if constexpr (kMost > 0) {
 #pragma unroll
         for (int i = 0; i < kMost; ++i)
-            if (i < n) f(i);
+            if (i < kLeast || i < n) f(i);
     } else {
 #pragma unroll 1
+        for (int i = 0; i < n; ++i) f(i);
+    }
+}
+// The same, where a loop takes kAtOnce at a time.
+template <int kMost, int kAtOnce, class F>
+MSDKERN_DEVICE void each_some(int n, F f) {
+    if constexpr (kMost > 0) {
+        each<kMost>(n, f);
+    } else {
+#pragma unroll kAtOnce
         for (int i = 0; i < n; ++i) f(i);
     }
 }
@@ -149,6 +162,11 @@ struct Cut {
         memcpy(&raw, x, 16);
         return raw;
     }
+    // The same, to be read again.
+    MSDKERN_DEVICE uint4 load_early(const S *row, int i) const {
+        return whole(i) ? *reinterpret_cast<const uint4 *>(row + first(i))
+                        : load(row, i, -INFINITY);
+    }
     // The same where rows are whole chunks.
     MSDKERN_DEVICE uint4 load_whole(const S *row, int i) const {
         if (first(i) < classes) return __ldcs(reinterpret_cast<const uint4 *>(row + first(i)));
@@ -159,24 +177,24 @@ struct Cut {
         memcpy(&raw, x, 16);
         return raw;
     }
-    MSDKERN_DEVICE void store_whole(S *row, int i, const RealOf<S> (&x)[V]) const {
-        S y[V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) round_to(x[v], y[v]);
-        uint4 raw;
-        memcpy(&raw, y, 16);
+    MSDKERN_DEVICE void store_whole(S *row, int i, const uint4 &raw) const {
         if (first(i) < classes) __stcs(reinterpret_cast<uint4 *>(row + first(i)), raw);
     }
     MSDKERN_DEVICE void store(S *row, int i, const RealOf<S> (&x)[V]) const {
         S y[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) round_to(x[v], y[v]);
+        uint4 raw;
+        memcpy(&raw, y, 16);
+        store_raw(row, i, raw);
+    }
+    MSDKERN_DEVICE void store_raw(S *row, int i, const uint4 &raw) const {
         if (whole(i)) {
-            uint4 raw;
-            memcpy(&raw, y, 16);
             __stcs(reinterpret_cast<uint4 *>(row + first(i)), raw);
             return;
         }
+        S y[V];
+        memcpy(y, &raw, 16);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const int c = first(i) + v * step();
@@ -192,6 +210,68 @@ MSDKERN_DEVICE void unpack(const uint4 &raw, RealOf<S> (&x)[kVector<S>]) {
 #pragma unroll
     for (int v = 0; v < kVector<S>; ++v) x[v] = to_real(stored[v]);
 }
+
+// The h-th W elements of 8 bytes, and back. h is known when this is compiled.
+template <class S, int W>
+MSDKERN_DEVICE void unpack_some(const uint2 &raw, int h, RealOf<S> (&x)[W]) {
+    S stored[8 / sizeof(S)];
+    memcpy(stored, &raw, 8);
+#pragma unroll
+    for (int w = 0; w < W; ++w) x[w] = to_real(stored[h * W + w]);
+}
+template <class S, int W>
+MSDKERN_DEVICE void pack_some(const RealOf<S> (&x)[W], int h, uint2 &raw) {
+    S stored[8 / sizeof(S)];
+    memcpy(stored, &raw, 8);
+#pragma unroll
+    for (int w = 0; w < W; ++w) round_to(x[w], stored[h * W + w]);
+    memcpy(&raw, stored, 8);
+}
+
+// The larger of the elements in two words, one by one; a NaN is left out.
+template <class S>
+struct Pair2;
+template <>
+struct Pair2<__half> {
+    typedef __half2 Type;
+};
+template <>
+struct Pair2<bfloat> {
+    typedef __nv_bfloat162 Type;
+};
+template <class S>
+MSDKERN_DEVICE unsigned larger_words(unsigned a, unsigned b) {
+    if constexpr (sizeof(S) == 4)
+        return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+    if constexpr (sizeof(S) == 2) {
+        typename Pair2<S>::Type x, y;
+        memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+        x = __hmax2(x, y);
+        memcpy(&a, &x, 4);
+    }
+    return a;
+}
+// The largest of a thread's elements, a word at a time.
+template <class S>
+struct Largest {
+    unsigned word;
+    MSDKERN_DEVICE Largest() {
+        S low[4 / sizeof(S)];
+        for (S &x : low) round_to(lowest<RealOf<S>>(), x);
+        memcpy(&word, low, 4);
+    }
+    MSDKERN_DEVICE void add(const uint4 &raw) {
+        const unsigned a = larger_words<S>(raw.x, raw.y), b = larger_words<S>(raw.z, raw.w);
+        word = larger_words<S>(word, larger_words<S>(a, b));
+    }
+    MSDKERN_DEVICE RealOf<S> value() const {
+        S x[4 / sizeof(S)];
+        memcpy(x, &word, 4);
+        RealOf<S> m = to_real(x[0]);
+        for (int v = 1; v < 4 / int(sizeof(S)); ++v) m = larger(m, to_real(x[v]));
+        return m;
+    }
+};
 
 struct Maximum {
     template <class Real>
@@ -252,8 +332,10 @@ struct Exchange {
         turn ^= 1;
         if (team.lanes > 32) {
             const int warps = team.warps();
+#pragma unroll 1
             for (int s = team.local; s < count; s += team.lanes) {
                 Real x = part[s * warps];
+#pragma unroll 4
                 for (int w = 1; w < warps; ++w) x = Op::of(x, part[s * warps + w]);
                 total[turn * slots + s] = x;
             }
@@ -264,13 +346,16 @@ struct Exchange {
     template <class Op>
     MSDKERN_DEVICE void over_blocks(const Team &team, int count) {
         Real *const mine = peers + turn * team.blocks * slots;
+#pragma unroll 1
         for (int i = team.local; i < count * team.blocks; i += team.lanes) {
             const int s = i % count;
             in_block(mine, i / count)[team.block * slots + s] = total[turn * slots + s];
         }
         cluster_sync();
+#pragma unroll 1
         for (int s = team.local; s < count; s += team.lanes) {
             Real x = mine[s];
+#pragma unroll 4
             for (int b = 1; b < team.blocks; ++b) x = Op::of(x, mine[b * slots + s]);
             total[turn * slots + s] = x;
         }

@@ -8,16 +8,29 @@ namespace msdkern {
 
 enum class Form { kScalar, kRows, kRowsBackward };
 
+// Of tile.cuh: z becomes log2 of an exponential at T (Exponent), times `inverse` q; the gradient of
+// CE is p_scale q^T. Read at once.
+template <class Real>
+struct alignas(16) Terms {
+    Real rate, offset, inverse, p_scale;
+};
+
 // What a team knows of one row.
 template <class Real>
 struct alignas(16) RowState {
+    Terms<Real> terms;
     Real maximum, inverse_t, gap, n;  // 1 / S at T; log S less the deepest exit's; sum_j w_ij
     Real pair_scale, p_scale, mass_scale,
         log_t;                        // dL/dD_i; gradient of CE: p_scale e - mass_scale u
     Real slack, share, value, total;  // D_i = share sum_j ..., its value, sum_c dL/dl
-    Real ce;                          // CE_i
-    double log;                       // log S
-    int prediction, nan;              // the first class that is the maximum, or NaN
+    // Of tile.cuh: Exponent at 1; log2 of both exponentials of the maximum, which is not quite 0;
+    // log S less the deepest's, of such exponentials.
+    Real one_rate, one_offset, drift, one_drift, level;
+    const void *from;  // a row of logits, and the gradient's: cheaper here than in registers
+    void *to;
+    Real ce;              // CE_i
+    double log;           // log S
+    int prediction, nan;  // the first class that is the maximum, or NaN
 };
 
 // (3) W[i][j] of a named weight.
@@ -41,6 +54,35 @@ MSDKERN_DEVICE bool spoilt(Real x) {
     return !(x < Real(1e15) && x > Real(-1e15));
 }
 
+// 2^y = e^((z - m) / T), or in proportion to it: y = rate z - offset is one instruction for
+// elements of 2 bytes, whose products are exact. Its rounded offset is the row's, and cancels.
+// Where the offset is so large that its rounding would not be small, neighbouring elements are so
+// far apart that one of them has all the mass at any rate.
+template <class S>
+struct Exponent {
+    typedef RealOf<S> Real;
+    static constexpr bool kFused = sizeof(S) == 2;
+    Real rate, offset;
+    MSDKERN_DEVICE static Exponent of(Real m, Real rate) {
+        if (!kFused) return {rate, m};
+        Real offset = m * rate;
+        if (fabs(offset) > kMost && fabs(m) < Real(INFINITY)) {
+            rate = kMost / fabs(m);
+            offset = m * rate;
+        }
+        return {rate, offset};
+    }
+    MSDKERN_DEVICE Real operator()(Real z) const {
+        return kFused ? fused(z, rate, -offset) : (z - offset) * rate;
+    }
+    // 2^y here of where it was 1 there.
+    MSDKERN_DEVICE Real move(const Exponent &from) const {
+        return exponential2((from.offset - offset) * (kFused ? Real(1) : rate));
+    }
+
+    static constexpr Real kMost = Real(1 << 22);
+};
+
 template <class S>
 struct Sample {
     typedef RealOf<S> Real;
@@ -52,10 +94,11 @@ struct Sample {
     RowState<Real> *state;
     Real *weight;  // W[exits][rows], share included
     const int exits, rows;
-    Real inverse_t, scale, smoothing, on_label;
-    int power;  // T where it is 1, 2, 3 or 4
+    Real inverse_t, scale, rate;  // rate: log2(e) / T
+    int power;                    // T where it is 1, 2, 3 or 4
     bool divergent, dense_target, gradient;
-    int64_t n = 0, label = -1;  // label: -1 where the target is no class
+    int64_t n = 0;
+    int label = -1;  // or -1 where the target is no class
 
     MSDKERN_DEVICE Sample(const msdkern_loss &c, const Plan &plan, const Team &t,
                           const Cut<S> &cut_, unsigned char *memory)
@@ -74,14 +117,13 @@ struct Sample {
         inverse_t = Real(1 / temperature);
         divergent = c.pairs != MSDKERN_PAIRS_NONE || c.pair_divergence;
         if (!divergent) inverse_t = 1;
+        rate = Real(divergent ? kLog2E / temperature : kLog2E);
         power = inverse_t == 1     ? 1
                 : temperature == 2 ? 2
                 : temperature == 3 ? 3
                 : temperature == 4 ? 4
                                    : 0;
         dense_target = c.target || (c.label && c.label_smoothing != 0);
-        smoothing = Real(c.label_smoothing / double(c.classes));
-        on_label = Real(1 - c.label_smoothing);
         gradient = false;
         for (int k = 0; k < exits; ++k) gradient |= c.gradient[k] != nullptr;
     }
@@ -99,9 +141,7 @@ struct Sample {
         return !Home::kLean && dense_target;
     }
     // e^(z - m) from e^((z - m) / T).
-    template <class Home>
     MSDKERN_DEVICE Real at_one(Real e, Real gap) const {
-        if (Home::kLean) return power == 1 ? e : exponential(gap);
         switch (power) {
             case 1:
                 return e;
@@ -118,7 +158,8 @@ struct Sample {
     // (1) u of one class.
     MSDKERN_DEVICE Real mass(int c) const {
         if (c >= cut.classes) return 0;
-        Real u = smoothing;
+        const Real on_label = 1 - Real(call.label_smoothing);
+        Real u = Real(call.label_smoothing) / Real(cut.classes);
         if (call.target) u += real(call.target)[n * call.classes + c] * on_label;
         if (call.class_weight) u *= real(call.class_weight)[c];
         if (c == label) u += on_label * (call.class_weight ? real(call.class_weight)[c] : Real(1));
@@ -145,7 +186,7 @@ struct Sample {
         });
         exchange.template finish<Maximum>(team, rows);
         each<Home::kRows>(rows, [&](int r) { row_sums(home, r, predicts && r < exits); });
-        exchange.template finish<Sum>(team, 2 * rows + (dense<Home>() ? exits + 1 : 0));
+        exchange.template finish<Sum>(team, sums<Home>());
     }
     template <class Home>
     MSDKERN_DEVICE void row_sums(Home &home, int r, bool predicts) {
@@ -161,7 +202,7 @@ struct Sample {
                 const Real gap = z[v] - m;
                 e[v] = exponential(gap * inverse_t);
                 at_t += e[v];
-                one += at_one<Home>(e[v], gap);
+                one += at_one(e[v], gap);
                 top |= !(z[v] < m);
             }
             home.keep(r, i, e);
@@ -184,13 +225,15 @@ struct Sample {
     // Few get here: whoever holds the maximum or a NaN. The lowest class wins.
     MSDKERN_DEVICE void note_top(int r, int i, const Real (&z)[V], Real m) {
         RowState<Real> *first = team.blocks > 1 ? in_block(state, 0) : state;
+        int top = INT32_MAX, nan = INT32_MAX;
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
+        for (int v = V - 1; v >= 0; --v) {
             const int c = class_at(i, v);
-            if (c >= cut.classes) continue;
-            if (z[v] == m) atomicMin(&first[r].prediction, c);
-            if (z[v] != z[v]) atomicMin(&first[r].nan, c);
+            if (z[v] == m) top = c;
+            if (z[v] != z[v]) nan = c;
         }
+        if (top < cut.classes) atomicMin(&first[r].prediction, top);
+        if (nan < cut.classes) atomicMin(&first[r].nan, nan);
     }
 
     // x = (z - m) / T and e^x of row r at chunk i.
@@ -212,17 +255,17 @@ struct Sample {
     template <class Home>
     MSDKERN_DEVICE Real with_cross_entropy(Real g, Real e, Real gap, int c, Real p_scale,
                                            Real mass_scale) const {
-        g += at_one<Home>(e, gap) * p_scale;
+        g += at_one(e, gap) * p_scale;
         if (dense<Home>()) return g - mass(c) * mass_scale;
-        return c == int(label) ? g - mass_scale : g;
+        return c == label ? g - mass_scale : g;
     }
+    MSDKERN_DEVICE S *gradient_of(int k) const {
+        return static_cast<S *>(call.gradient[k]) + n * call.classes;
+    }
+    // How many slots softmaxes() fills.
     template <class Home>
-    MSDKERN_DEVICE void store(int k, int i, const Real (&g)[V]) const {
-        S *const to = static_cast<S *>(call.gradient[k]) + n * call.classes;
-        if constexpr (Home::kLean)
-            cut.store_whole(to, i, g);
-        else
-            cut.store(to, i, g);
+    MSDKERN_DEVICE int sums() const {
+        return 2 * rows + (dense<Home>() ? exits + 1 : 0);
     }
     // The normaliser S of a row enters as log S, rounded, and as 1 / S, rounded. What that does to
     // D_ij is a constant per row, known from `slack`.
@@ -235,7 +278,7 @@ struct Sample {
         Real zero[V] = {};
         for (int k = 0; k < exits; ++k)
             for (int i = 0; call.gradient[k] && i < cut.chunks; ++i)
-                cut.store(static_cast<S *>(call.gradient[k]) + n * call.classes, i, zero);
+                cut.store(gradient_of(k), i, zero);
     }
 };
 

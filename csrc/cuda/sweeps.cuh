@@ -119,11 +119,10 @@ struct Mixture {
         });
         if (next) reference_gap = state.gap;
         home.value(k) += total;
-        if (s.call.gradient[k]) s.template store<Home>(k, i, g);
+        if (s.call.gradient[k]) s.cut.store(s.gradient_of(k), i, g);
     }
     MSDKERN_DEVICE void run() {
         if (kMutual) all_teach();
-        if (Home::kLean) forget();
         each_down<Home::kRows>(s.exits, [&](int k) { exit(k); });
     }
 };
@@ -142,7 +141,7 @@ MSDKERN_DEVICE void cross_entropies(const Sample<S> &s, Home &home, int i) {
             g[v] = s.template with_cross_entropy<Home>(Real(0), t.e, t.gap, s.class_at(i, v),
                                                        p_scale, mass_scale);
         });
-        s.template store<Home>(k, i, g);
+        s.cut.store(s.gradient_of(k), i, g);
     });
 }
 
@@ -167,8 +166,60 @@ MSDKERN_DEVICE void sweep_students(Sample<S> &s, Home &home) {
         s.state[k].value = s.state[k].share * s.exchange.get(k);
 }
 
+// The values of a sample that masked classes have spoilt, pair by pair and with 0 log 0 = 0. Rare:
+// one class after another, from global memory.
+template <class S>
+struct Careful {
+    typedef RealOf<S> Real;
+    Sample<S> &s;
+
+    struct Row {
+        const S *z;
+        Real maximum, inverse, gap;
+    };
+    MSDKERN_DEVICE Row row(int r) const {
+        const RowState<Real> &state = s.state[r];
+        const bool soft = s.call.divergence == MSDKERN_SOFT_CE;
+        return {row_of<S>(s.call, r, s.n), state.maximum, state.inverse_t,
+                soft ? state.log_t : state.gap};
+    }
+    MSDKERN_DEVICE Real sum(int i, int j) const {
+        const Row student = row(i), teacher = row(j);
+        Real value = 0;
+#pragma unroll 1
+        for (int c = s.team.member(); c < s.cut.classes; c += s.team.members()) {
+            const Real x_i = (to_real(student.z[c]) - student.maximum) * s.inverse_t;
+            const Real x_j = (to_real(teacher.z[c]) - teacher.maximum) * s.inverse_t;
+            const Real q_i = exponential(x_i) * student.inverse, l_i = x_i - student.gap;
+            const Real q_j = exponential(x_j) * teacher.inverse, l_j = x_j - teacher.gap;
+            value += s.call.divergence == MSDKERN_SOFT_CE
+                         ? soft_ce_pair(l_i, q_j).value
+                         : forward_kl_pair(q_i, l_i, q_j, l_j).value;
+        }
+        return value;
+    }
+    MSDKERN_DEVICE void values() const {
+#pragma unroll 1
+        for (int i = 0; i < s.exits; ++i) {
+#pragma unroll 1
+            for (int j = 0; j < s.rows; ++j) {
+                const bool teaches = s.weight[i * s.rows + j] != 0;
+                s.exchange.template put<Sum>(s.team, j, teaches ? sum(i, j) : Real(0));
+            }
+            s.exchange.template finish<Sum>(s.team, s.rows);
+            if (s.team.local != 0) continue;
+            s.state[i].value = 0;
+            for (int j = 0; j < s.rows; ++j) {
+                const Real w = s.weight[i * s.rows + j];
+                if (w != 0) s.state[i].value += w * s.exchange.get(j);
+            }
+        }
+        s.team.sync();
+    }
+};
+
 // The careful sweeps: every divergence, pair by pair, with 0 log 0 = 0.
-template <class S, class Home, bool kGeneral>
+template <class S, class Home>
 struct Pairs {
     typedef RealOf<S> Real;
     static constexpr int V = kVector<S>;
@@ -198,9 +249,6 @@ struct Pairs {
         q = exponential(x) * row.inverse;
     }
     MSDKERN_DEVICE Pair<Real> pair(Real q_i, Real l_i, Real q_j, Real l_j) const {
-        if (!kGeneral)
-            return s.call.divergence == MSDKERN_SOFT_CE ? soft_ce_pair(l_i, q_j)
-                                                        : forward_kl_pair(q_i, l_i, q_j, l_j);
         switch (s.call.divergence) {
             case MSDKERN_FORWARD_KL:
                 return forward_kl_pair(q_i, l_i, q_j, l_j);
@@ -292,7 +340,7 @@ struct Pairs {
             h[v] = s.template with_cross_entropy<Home>(g, e, gap, s.class_at(c, v), p_scale,
                                                        mass_scale);
         }
-        s.template store<Home>(k, c, h);
+        s.cut.store(s.gradient_of(k), c, h);
     }
     MSDKERN_DEVICE void gradients() const {
 #pragma unroll 1

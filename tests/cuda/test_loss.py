@@ -11,8 +11,10 @@ import torch
 
 import msdkern
 from msdkern.executors import cuda
-from tests.cases import CHOICES, DTYPES, cases, make_case, property_test
+from tests.cases import CHOICES, DTYPES, Case, cases, make_case, property_test
+from tests.ops import test_loss
 from tests.ops.test_loss import check_loss, check_rows
+from tests.oracle import Problem
 
 PLAIN = {
     "kind": "random", "layout": "contiguous", "pairs": "mutual", "teachers": 0, "target": "index",
@@ -42,12 +44,13 @@ RUNGS = {
     "8 lanes": (5, 7, 32),
     "16 lanes": (7, 5, 64),
     "a warp": (8, 3, 128),
-    "a warp, twice": (3, 5, 256),
-    "a block": (7, 4, 1000),
+    "8 lanes, tiled": (3, 6, 101),
+    "a warp, tiled": (6, 5, 256),
+    "a block, tiled": (7, 4, 1000),
+    "a block, few exits": (2, 4, 2048),
     "8 lanes, shared": (9, 5, 32),
     "a warp, shared": (9, 3, 101),
     "a block, shared": (9, 2, 2048),
-    "more than its share": (3, 2, 5000),
     "2 blocks": (3, 2, 8200),
     "8 blocks": (2, 2, 40000),
 }
@@ -64,10 +67,12 @@ def test_every_rung(on_cuda, rung, dtype, pairs):
 
 
 @pytest.mark.parametrize("order", ["lifo", "1", "2", "3", "4", "5"])
-@pytest.mark.parametrize("rung", ["8 lanes", "a warp", "a block", "a block, shared", "2 blocks"])
+@pytest.mark.parametrize(
+    "rung", ["8 lanes", "a warp, tiled", "a block, tiled", "a block, shared", "2 blocks"]
+)
 def test_every_order_of_threads(on_cuda, rung, order):
     on_cuda.set_order(order.encode())
-    for change in ({}, {"divergence": "jsd", "detach_teacher": False}):
+    for change in ({}, {"divergence": "jsd", "detach_teacher": False}, {"ignored": 0.6}):
         check_loss(make_case(PLAIN | change, RUNGS[rung]), ["cuda"])
 
 
@@ -85,15 +90,61 @@ def test_logits_of_every_kind_in_registers(on_cuda, kind, pairs):
     check_loss(make_case(PLAIN | {"kind": kind, "pairs": pairs}, (4, 4, 64)), ["cuda"])
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "soft_ce"])
+@pytest.mark.parametrize("pairs", ["mutual", "deeper"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_named_pairs_of_every_divergence(on_cuda, divergence, pairs, detach):
+    chosen = PLAIN | {"divergence": divergence, "pairs": pairs, "detach_teacher": detach}
+    for kind in ("random", "near", "masked", "masked_some"):
+        check_loss(make_case(chosen | {"kind": kind}, (6, 3, 67)), ["cuda"])
+    check_rows(make_case(chosen | {"dtype": torch.bfloat16}, (3, 5, 300)), ["cuda"])
+
+
+# Samples come one after another where a team takes several: those that are ignored leave what was
+# fetched for them.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+def test_many_samples_of_one_block(on_cuda, ignored, dtype):
+    chosen = PLAIN | {"ignored": ignored, "dtype": dtype}
+    check_loss(make_case(chosen, (3, 40, 1100)), ["cuda"])
+    check_rows(make_case(chosen, (3, 40, 1100)), ["cuda"])
+
+
+# Offsets of exponents in base 2 are rounded where elements have 2 bytes: it must not show.
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 2.7])
+@pytest.mark.parametrize(
+    ("dtype", "offset", "scale"),
+    [
+        (torch.bfloat16, 300.0, 1.0), (torch.bfloat16, 0.0, 1e20), (torch.bfloat16, 3e38, 0.0),
+        (torch.float16, -6e4, 1.0), (torch.float16, 0.0, 5e3), (torch.float32, 1e6, 1.0),
+        (torch.float32, 0.0, 1e20),
+    ],
+)  # fmt: skip
+def test_logits_far_from_zero(on_cuda, dtype, offset, scale, temperature):
+    chosen = PLAIN | {"dtype": dtype, "temperature": temperature, "upstream": 1.0}
+    for shape in ((3, 4, 64), (4, 3, 1030)):
+        case = make_case(chosen, shape)
+        given = [(x.double() * scale + offset).to(dtype) for x in case.given]
+        check_loss(Case(chosen, shape, Problem(given, case.problem.options), given), ["cuda"])
+
+
+@pytest.mark.parametrize(("classes", "closer"), [(40, 3.0), (1000, 10.0)])
+@pytest.mark.parametrize("pairs", ["mutual", "last", "matrix"])
+def test_near_identical_exits(on_cuda, pairs, classes, closer):
+    test_loss.test_near_identical_exits_keep_their_digits(pairs, classes, closer, "cuda")
+
+
 def test_more_labels_than_a_block_counts(on_cuda):
     chosen = PLAIN | {"class_weight": True}
     check_loss(make_case(chosen, (2, 4100, 4)), ["cuda"])
 
 
 def call(on_device=True, **options):
-    """A loss whose numbers are tensors; `on_device`: as a GPU's would be, read by the kernel."""
+    """A loss whose numbers are tensors; `on_device`: as a GPU's would be, read by the kernel.
+
+    Each is one that float32 holds exactly: by value they travel as doubles."""
     z = [x.requires_grad_() for x in make_case(PLAIN, (3, 4, 20)).problem.logits]
-    numbers = {"temperature": 2.5, "pair_scale": 0.3, "normalizer": 7.0} | options
+    numbers = {"temperature": 2.5, "pair_scale": 0.375, "normalizer": 7.0} | options
     out = msdkern.multi_exit_loss(
         z,
         torch.tensor([3, -100, 0, 19]),

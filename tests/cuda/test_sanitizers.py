@@ -35,9 +35,10 @@ def sanitized(request, tmp_path_factory):
     return mode, folder
 
 
-def test_every_home_and_team(sanitized):
+@pytest.mark.parametrize("variables", [{}, {"SIMT_SHARED": "49152"}], ids=["large", "small"])
+def test_every_home_and_team(sanitized, variables):
     mode, folder = sanitized
-    done = build.start(DRIVER, folder, mode=mode, timeout=300)
+    done = build.start(DRIVER, folder, mode=mode, timeout=300, **variables)
     assert done.returncode == 0, done.stdout[-6000:]
     assert done.stdout.startswith("calls ")
 

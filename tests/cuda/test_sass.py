@@ -3,31 +3,19 @@
 from the machine code for sm_90."""
 
 import functools
-import importlib.util
 import os
 import re
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from tests.cuda.harness.build import CSRC
+from tests.cuda.predict import Kernel, cost
+from tests.cuda.sass import CSRC, NVCC, run, tool
 
-NVCC = shutil.which("nvcc") or os.path.join(
-    os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"
-)
 LOSSES = ("loss_f32", "loss_bf16", "loss_f64")
 SOURCES = (*LOSSES, "gate", "softmax", "compact")
 REGISTERS = 64 * 1024  # of a processor, and the piece in which warps get them
 PIECE, THREADS_PER_WARP = 256, 32
-
-
-def run(*command):
-    return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=True
-    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +34,6 @@ def cubins(tmp_path_factory):
         ]
         list(pool.map(lambda job: run(*job), jobs))
     return compiled
-
-
-@functools.cache
-def tool():
-    """cuobjdump of the toolkit, or the one that Triton's package brings."""
-    places = [Path(os.path.realpath(NVCC)).parent, *map(Path, os.environ["PATH"].split(":"))]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None:
-        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    return next((p / "cuobjdump" for p in places if (p / "cuobjdump").exists()), None)
 
 
 def kernels(cubin):
@@ -96,6 +74,9 @@ def test_registers_leave_room_for_the_blocks_that_the_ladder_claims(cubins):
                 threads, blocks = map(int, claim.groups())
                 assert resident(usage["REG"], threads) >= blocks, (name, usage["REG"])
                 seen += 1
+                # Blocks of fewer threads, as many threads in all.
+                if "TiledI" in name or "StreamedI" in name:
+                    assert resident(usage["REG"], 128) >= 3, (name, usage["REG"])
     assert seen == 6 * 2 + 4  # no registers hold a sample of float64
 
 
@@ -182,10 +163,27 @@ def test_rows_move_16_bytes_at_a_time(cubins):
 def test_rows_reach_shared_memory_without_registers(cubins):
     for cubin in cubins:
         for name in kernels(cubin):
-            if "loss_kernel" in name and "SharedI" in name:
+            if "loss_kernel" in name and re.search("SharedI|TiledI", name):
                 body = body_of(cubin, name)
                 copies = re.findall(r"\bLDGSTS((?:\.\w+)*)", body)
                 assert copies, name
                 assert all(".128" in modifiers for modifiers in copies), (name, copies)
                 assert widths(body, "LDS")[128] > 0
                 assert widths(body, "STG")[128] > 0
+
+
+# What an H200 can issue and exponentiate per logit while it reads and writes it once.
+@pytest.mark.parametrize(
+    ("kernel", "slots", "exponentials"),
+    [
+        (Kernel("bfloat16", 4, "mutual", 3), 31, 2.1),
+        (Kernel("float32", 8, "mutual", 0), 62, 4.1),
+    ],
+    ids=str,
+)
+def test_exponentials_are_kept_and_instructions_leave_room_for_the_bytes(
+    cubins, kernel, slots, exponentials
+):
+    found = cost(kernel)
+    assert found.slots <= slots
+    assert 1.5 < found.exponentials <= exponentials

@@ -192,6 +192,12 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     p->totalGlobalMem = 1 << 30;
     return cudaSetDevice(device);
 }
+// A smaller device than the launches here would allow: SIMT_SHARED, in bytes.
+static int shared_optin() {
+    const char *given = getenv("SIMT_SHARED");
+    return given ? atoi(given) : int(kSharedMost);
+}
+
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
     static const std::map<cudaDeviceAttr, int> values = {
         {cudaDevAttrMaxThreadsPerBlock, 1024},
@@ -204,7 +210,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
         {cudaDevAttrComputeCapabilityMinor, 0},
         {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 << 10},
         {cudaDevAttrCooperativeLaunch, 1},
-        {cudaDevAttrMaxSharedMemoryPerBlockOptin, int(kSharedMost)},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_optin()},
         {cudaDevAttrMaxBlocksPerMultiprocessor, 32},
         {cudaDevAttrReservedSharedMemoryPerBlock, 1024},
         {cudaDevAttrClusterLaunch, 1},

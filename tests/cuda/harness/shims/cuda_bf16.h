@@ -46,3 +46,9 @@ inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short x) {
     return __nv_bfloat16(__nv_bfloat16_raw{x});
 }
+inline __nv_bfloat16 __hmax(__nv_bfloat16 a, __nv_bfloat16 b) {
+    return float(a) > float(b) || float(b) != float(b) ? a : b;
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return {__hmax(a.x, b.x), __hmax(a.y, b.y)};
+}

@@ -70,3 +70,7 @@ inline float __low2float(__half2 v) { return float(v.x); }
 inline float __high2float(__half2 v) { return float(v.y); }
 inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 inline __half __ushort_as_half(unsigned short x) { return __half(__half_raw{x}); }
+inline __half __hmax(__half a, __half b) {
+    return float(a) > float(b) || float(b) != float(b) ? a : b;
+}
+inline __half2 __hmax2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }

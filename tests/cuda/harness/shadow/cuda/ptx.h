@@ -18,6 +18,8 @@ MSDKERN_DEVICE float exp2_approx(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
+MSDKERN_DEVICE void renew(int &) {}
+
 MSDKERN_DEVICE void copy_async(void *to, const void *from, simt::Site site = simt::Site::here()) {
     simt::copy_async(to, from, 16, 0, site);
 }
