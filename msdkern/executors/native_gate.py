@@ -146,7 +146,7 @@ def _copy_rows(
             to_address,
             from_stride,
             to_stride,
-            [t.nbytes // (len(t) or 1) for t in sources],
+            [t.nbytes // (t.shape[0] or 1) for t in sources],
         )
         if status == 5:
             raise ValueError(f"{op}: rows must be in [0, {limit}); got {bad_index}")

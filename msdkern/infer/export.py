@@ -67,7 +67,7 @@ class _Export(nn.Module):
 
 
 class CompactingExport(_Export):
-    """Exit, prediction and score [N] of any number of rows, computing only those that stay.
+    """Exit, prediction and score [N] of any number of rows but 0, computing only those that stay.
 
     Arguments as of `msdkern.infer.AdaptiveRunner`; ``measure="score"`` cannot be exported. A copy
     of the first row travels behind the rows in flight and is answered nowhere: so no stage meets an
