@@ -13,11 +13,11 @@ from msdkern.calibrate.files import Thresholds
 from msdkern.infer.answers import Answers, Clock, Report
 from msdkern.infer.gates import (
     Gates,
+    Inference,
     Score,
     State,
     compact,
     device_of,
-    inference,
     rows_of,
     run_stage,
     stages_of,
@@ -61,7 +61,7 @@ class AdaptiveRunner:
     ) -> None:
         op = "AdaptiveRunner"
         self.model, self.stages = model, stages_of(op, model)
-        self.modules = list(model.modules())
+        self.inference = Inference(model, self.stages)
         self.gates = Gates(op, len(self.stages), thresholds, measure, temperature, score)
         self.report = Report.empty(len(self.stages), madds)
 
@@ -72,7 +72,7 @@ class AdaptiveRunner:
         report, last = self.report, len(self.stages) - 1
         clock, whole = Clock(device), Clock(device)
         answers: Answers | None = None
-        with inference(self.modules):
+        with self.inference():
             logits: list[Tensor] = []
             # The rows in flight, by their places in x; None while that is all of them.
             features, index, previous = x, None, None

@@ -165,22 +165,32 @@ def flatten(features: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]
     return [leaves[i] for i in places], rebuild
 
 
-@contextlib.contextmanager
-def inference(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode and no gradients; afterwards every module is in the mode it was in.
+class Inference:
+    """``with inference():`` evaluation mode and no gradients; then all modes are as they were.
 
-    Takes the list of a model's modules, which is made once: walking a deep model takes longer than
-    running a small one.
+    Looking at every module of a deep model takes longer than running a small one. So only the model
+    and its stages are looked at, once all modules were found in evaluation mode; what is switched
+    alone inside a stage after that stays as it is.
     """
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+
+    def __init__(self, model: nn.Module, stages: Sequence[nn.Module]) -> None:
+        self.modules, self.outer = list(model.modules()), [model, *stages]
+        self.mixed = True  # until all were seen in evaluation mode
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        training = []
+        if self.mixed or any(module.training for module in self.outer):
+            training = [module for module in self.modules if module.training]
+            self.mixed = bool(training)
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def run_stage(

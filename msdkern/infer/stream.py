@@ -17,7 +17,6 @@ from msdkern.infer.gates import (
     compact,
     cut,
     device_of,
-    inference,
     join,
     rows_of,
     run_stage,
@@ -139,7 +138,7 @@ class Stream:
     def _run(self, k: int) -> list[Answer]:
         runner, began = self.runner, time.perf_counter()
         (features, logits, memory, _), tickets, _ = self._take(k)
-        with inference(runner.modules):
+        with runner.inference():
             clock = Clock(device_of(features))
             stage = runner.stages[k]
             features, logits = run_stage("Stream", stage, k, features, logits, len(tickets))

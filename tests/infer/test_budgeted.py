@@ -145,6 +145,42 @@ def test_a_real_network_from_one_row_to_many():
         model.eval()
 
 
+class Mode(torch.nn.Module):
+    """Answers by the mode that the module inside it is in."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Identity()
+
+    def forward(self, features, logits):
+        return features, [*logits, torch.full((len(features), 2), float(self.inner.training))]
+
+
+def test_every_call_runs_in_evaluation_mode_and_gives_the_mode_back():
+    model = staged(Mode(), Mode())
+    runner = infer.AdaptiveRunner(model, torch.inf, "max_logit")
+    anytime = infer.AnytimeRunner(model)
+    inner = model.stages[1].inner
+
+    def check():
+        modes = [module.training for module in model.modules()]
+        assert runner(torch.zeros(2)).score.tolist() == [0.0, 0.0]
+        assert anytime(torch.zeros(2), torch.inf).logits.sum() == 0
+        assert [module.training for module in model.modules()] == modes
+
+    for switch in (model.train, model.eval, model.train, inner.eval, model.eval, model.eval):
+        switch()
+        check()
+    inner.train()  # alone, after all were seen in evaluation mode: its caller's wish
+    assert runner(torch.zeros(2)).score.tolist() == [1.0, 1.0]
+    for stage in model.stages:
+        stage.train()
+        check()
+    fresh = staged(Mode(), Mode()).eval()
+    fresh.stages[1].inner.train()  # before: seen
+    assert infer.AdaptiveRunner(fresh, torch.inf, "max_logit")(torch.zeros(1)).score == 0
+
+
 def test_thresholds_from_a_file():
     z = tables(3, 20, 5, 3)
     found = Thresholds("entropy", (0.9, 1.1, -1e8), (1.0, 2.0, 0.5), "model", "data")
