@@ -22,6 +22,8 @@ from msdkern.train.report import (
 
 SIDES = (("madds", "multiply-adds of a row"), ("milliseconds", "measured milliseconds of a row"))
 
+FEWEST = 10  # rows of a bin whose accuracy says something
+
 
 def draw(report: dict[str, Any], folder: Path) -> str:
     """Draws all three into the folder and says where, or why not."""
@@ -75,7 +77,7 @@ def draw_reliability(report: dict[str, Any], path: Path) -> None:
             centres = [width * (b + 0.5) for b in range(len(columns[0]))]
             side.bar(centres, [n / total for n in columns[0]], width * 0.95, color=PALE)
             side.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
-            shown = [(c, a) for n, c, a in zip(*columns, strict=True) if n]
+            shown = [(c, a) for n, c, a in zip(*columns, strict=True) if n >= FEWEST]
             side.plot([c for c, _ in shown], [a for _, a in shown], color=COLOURS[0], marker="o")
             side.set_title(f"exit {row['exit']}, ECE {row['ece']:.3f}")
             side.set_xlabel(f"confidence, T = {row['temperature']:.2f}")
@@ -87,7 +89,7 @@ def draw_exits(report: dict[str, Any], path: Path) -> None:
     """The share of the rows that each exit answers, one panel for every way to leave early."""
     early = report["early"]
     most = max(100 * share for found in early for share in found["share"])
-    with picture(path, max(2.6 * len(early), 4.8), 3.4, columns=len(early)) as axes:
+    with picture(path, max(2.4 * len(early), 4.2), 3.6, columns=len(early)) as axes:
         for side, found in zip(axes, early, strict=True):
             share = [100 * s for s in found["share"]]
             numbers = list(range(1, len(share) + 1))
@@ -98,7 +100,7 @@ def draw_exits(report: dict[str, Any], path: Path) -> None:
             side.set_xticks(numbers)
             side.grid(visible=False, axis="x")
             side.set_xlabel("exit")
-            side.set_title(f"{found['name']}: {100 * found['accuracy']:.1f} %")
+            side.set_title(f"{found['name']}\n{100 * found['accuracy']:.2f} % right")
         axes[0].set_ylabel("rows that leave there in %")
 
 
