@@ -83,6 +83,7 @@ def test_rows_that_training_did_not_set_aside_are_named(tmp_path, capsys):
     [
         (["--method", "budgeted", "--ratio", "0.5", "--measure", "entropy"], "budgeted"),
         (["--method", "risk", "--max-loss", "0.05", "--measure", "margin"], "risk"),
+        (["--amp", "--budget", "0.9"], "accuracy"),
         (["--method", "match", "--max-loss", "0.05"], "match"),
         (["--no-temperature", "--measure", "max_logit", "--budget", "1"], "accuracy"),
     ],
