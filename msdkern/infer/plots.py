@@ -43,26 +43,28 @@ def draw_cost(report: dict[str, Any], path: Path) -> None:
     file = [found for found in report["early"] if found["name"] == FILE]
     within = [found for found in report["early"] if found["name"] != FILE]
     lines: tuple[tuple[str, Sequence[dict[str, Any]], dict[str, Any]], ...] = (
-        ("anytime: all rows at one exit", report["exits"], {"color": COLOURS[6], "marker": "o"}),
-        ("budgeted: the public procedure", report["curve"], {"color": COLOURS[5], "marker": "."}),
-        ("budgeted: best within a budget", within, {"color": COLOURS[0], "marker": "D"}),
-        ("the thresholds of the file", file, {"color": COLOURS[1], "marker": "*", "ms": 14}),
+        ("anytime: one exit for all", report["exits"], {"color": COLOURS[6], "marker": "o"}),
+        ("budgeted: public procedure", report["curve"], {"color": COLOURS[5], "marker": "."}),
+        ("best within a budget", within, {"color": COLOURS[0], "marker": "D"}),
+        ("thresholds file", file, {"color": COLOURS[1], "marker": "*", "ms": 14}),
     )
-    with picture(path, 10, 4.4, columns=2) as axes:
+    with picture(path, 11, 4.6, columns=2) as axes:
         for side, (key, label) in zip(axes, SIDES, strict=True):
             for name, records, style in lines:
-                points = sorted((r for r in records if key in r), key=itemgetter(key))
+                points = sorted((r for r in records if key in r), key=itemgetter("madds"))
                 cost, accuracy = [r[key] for r in points], [100 * r["accuracy"] for r in points]
                 if points:
                     side.plot(cost, accuracy, label=name, **style)
             last = report["exits"][-1]
             side.axhline(100 * last["accuracy"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-            side.set_xlim(0, 1.06 * last[key])
+            side.set_xlim(left=0)
             side.set_xlabel(label)
         axes[0].set_ylabel("accuracy in %")
         axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-        axes[0].legend(loc="lower right")
-        axes[0].set_title(f"What leaving early costs, {report['rows']:,} rows")
+        # Below both panels: in one of them it would hide points, wherever these fall.
+        names = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(*names, loc="outside lower center", ncols=4)
+        axes[0].set_title(f"Leaving early, {report['rows']:,} rows")
         axes[1].set_title(f"batches of {report['batch_size']}")
 
 
@@ -78,7 +80,8 @@ def draw_reliability(report: dict[str, Any], path: Path) -> None:
             side.bar(centres, [n / total for n in columns[0]], width * 0.95, color=PALE)
             side.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
             shown = [(c, a) for n, c, a in zip(*columns, strict=True) if n >= FEWEST]
-            side.plot([c for c, _ in shown], [a for _, a in shown], color=COLOURS[0], marker="o")
+            line = {"color": COLOURS[0], "marker": "o", "clip_on": False, "zorder": 3}
+            side.plot([c for c, _ in shown], [a for _, a in shown], **line)
             side.set_title(f"exit {row['exit']}, ECE {row['ece']:.3f}")
             side.set_xlabel(f"confidence, T = {row['temperature']:.2f}")
             side.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
