@@ -98,9 +98,7 @@ def choose(args: argparse.Namespace, base: Thresholds, scores: Scores, source: s
         rule = "--measure: must lie between 0 and 1 for --method risk"
         raise CommandError(f"{rule}; got {args.measure}")
     try:
-        limits, words = {"match": by_match, "budgeted": by_shares, "risk": by_risk}[args.method](
-            args, scores
-        )
+        limits, words = BY[args.method](args, scores)
     except ValueError as error:
         raise CommandError(str(error)) from None
     method = {"name": args.method, **words, "rows": source}
@@ -136,6 +134,7 @@ def by_risk(args: argparse.Namespace, scores: Scores) -> tuple[Tensor, dict[str,
     return found.thresholds, words
 
 
+# Methods that name thresholds and say in words how these were found.
 BY = {"match": by_match, "budgeted": by_shares, "risk": by_risk}
 
 
