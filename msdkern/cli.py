@@ -15,10 +15,13 @@ COMMANDS = {
         "msdkern.train.command",
         "train a multi-exit network; without options, on scikit-learn's digits",
     ),
-    "evaluate": ("msdkern.train.evaluate", "print a checkpoint's accuracy and cost at every exit"),
+    "evaluate": (
+        "msdkern.train.evaluate",
+        "print a checkpoint's accuracy and cost at every exit, and what leaving early gives",
+    ),
     "calibrate": (
         "msdkern.calibrate.command",
-        "find when rows may leave early: temperatures, thresholds, curves",
+        "find when rows may leave early: temperatures and thresholds",
     ),
     "export": (
         "msdkern.infer.command",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msdkern.calibrate.files import Thresholds, load, model_fingerprint, save
+    from msdkern.calibrate.match import Match, match_accuracy
     from msdkern.calibrate.metrics import (
         Bins,
         brier_score,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Bins": "metrics",
     "DISABLED": "thresholds",
+    "Match": "match",
     "Outcome": "thresholds",
     "RiskControl": "risk",
     "Thresholds": "files",
@@ -41,6 +43,7 @@ _HOME = {
     "fit_temperature": "temperature",
     "geometric_fractions": "thresholds",
     "load": "files",
+    "match_accuracy": "match",
     "maximize_accuracy": "solve",
     "model_fingerprint": "files",
     "negative_log_likelihood": "metrics",
@@ -53,6 +56,7 @@ _HOME = {
 __all__ = [
     "DISABLED",
     "Bins",
+    "Match",
     "Outcome",
     "RiskControl",
     "Thresholds",
@@ -63,6 +67,7 @@ __all__ = [
     "fit_temperature",
     "geometric_fractions",
     "load",
+    "match_accuracy",
     "maximize_accuracy",
     "model_fingerprint",
     "negative_log_likelihood",

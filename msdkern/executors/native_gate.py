@@ -165,7 +165,7 @@ class Gates:
                 to_table[0],
                 from_table[1],
                 to_table[1],
-                [t.nbytes // (len(t) or 1) for t in sources],
+                [t.nbytes // (t.shape[0] or 1) for t in sources],
             )
             if not status:
                 continue

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from msdkern.infer.answers import Clock
-from msdkern.infer.gates import device_of, inference, rows_of, run_stage, stages_of
+from msdkern.infer.gates import Inference, device_of, rows_of, run_stage, stages_of
 
 KEPT = 8  # measurements of a stage and batch size that the next estimate is made from
 
@@ -46,7 +46,7 @@ class AnytimeRunner:
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.stages = model, stages_of("AnytimeRunner", model)
-        self.modules = list(model.modules())
+        self.inference = Inference(model, self.stages)
         if not margin > 0:
             raise ValueError(f"AnytimeRunner: margin must be positive; got {margin!r}")
         self.margin, self.now = margin, now
@@ -78,7 +78,7 @@ class AnytimeRunner:
         device = device_of(x)
         logits: list[Tensor] = []
         features = x
-        with inference(self.modules):
+        with self.inference():
             clock = Clock(device)
             for k, stage in enumerate(self.stages):
                 if k and self.now() - began + self.estimate(k, rows) > seconds:

@@ -13,15 +13,16 @@ from msdkern.calibrate.files import Thresholds
 from msdkern.infer.answers import Answers, Clock, Report
 from msdkern.infer.gates import (
     Gates,
+    Inference,
     Score,
+    State,
     compact,
     device_of,
-    inference,
     rows_of,
     run_stage,
     stages_of,
 )
-from msdkern.ops.compact import scatter_rows
+from msdkern.ops.gate import GateStep
 
 
 class AdaptiveRunner:
@@ -60,43 +61,41 @@ class AdaptiveRunner:
     ) -> None:
         op = "AdaptiveRunner"
         self.model, self.stages = model, stages_of(op, model)
-        self.modules = list(model.modules())
+        self.inference = Inference(model, self.stages)
         self.gates = Gates(op, len(self.stages), thresholds, measure, temperature, score)
         self.report = Report.empty(len(self.stages), madds)
 
     def __call__(self, x: Any) -> Answers:
         """Answers for one batch, from one row to thousands; none for an empty one."""
-        rows = rows_of("AdaptiveRunner", x)
-        clock = Clock(device_of(x))
-        whole = Clock(device_of(x))
-        answers = None
-        with inference(self.modules):
-            index = torch.arange(rows, device=device_of(x))
+        op = "AdaptiveRunner"
+        rows, device = rows_of(op, x), device_of(x)
+        report, last = self.report, len(self.stages) - 1
+        clock, whole = Clock(device), Clock(device)
+        answers: Answers | None = None
+        with self.inference():
             logits: list[Tensor] = []
-            features, previous = x, None
+            # The rows in flight, by their places in x; None while that is all of them.
+            features, index, previous = x, None, None
             for k, stage in enumerate(self.stages):
                 clock.lap()
-                features, logits = run_stage("AdaptiveRunner", stage, k, features, logits)
-                self.report.stage_seconds[k] += clock.lap()
+                features, logits = run_stage(op, stage, k, features, logits, rows)
+                report.stage_seconds[k] += clock.lap()
                 step = self.gates.step(k, features, logits, previous)
-                if answers is None:
-                    answers = _blank(rows, step.score)
-                # Rows in flight are answered at every exit; the deepest that they reach remains.
-                values = (torch.full_like(index, k), step.prediction, step.score)
-                scatter_rows(answers, values, index)
-                count = int(step.count) if k < len(self.stages) - 1 else 0
-                self.report.entered[k] += len(index)
-                self.report.left[k] += len(index) - count
-                memory = self.gates.memory(step)
+                count = int(step.count) if k < last else 0
+                report.entered[k] += rows
+                report.left[k] += rows - count
+                if count < rows or not count:
+                    answers = _answered(answers, index, k, step)
                 if count == 0:
                     break
-                if count < len(index):
-                    state = (features, logits, index, memory)
-                    features, logits, index, memory = compact(state, step.stay, count)
-                previous = memory or None
-        self.report.seconds += whole.lap()
-        self.report.calls += 1
-        assert answers is not None  # there is at least one stage
+                previous = self.gates.memory(step)
+                if count < rows:
+                    state = State(features, logits, previous, index)
+                    features, logits, previous, index = compact(state, step.stay, count)
+                rows = count
+        report.seconds += whole.lap()
+        report.calls += 1
+        assert answers is not None  # the last exit answers
         return answers
 
     def run(self, batches: Iterable[Any]) -> Answers:
@@ -107,6 +106,11 @@ class AdaptiveRunner:
         return Answers(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _blank(rows: int, score: Tensor) -> Answers:
-    index, prediction = (torch.full((rows,), -1, device=score.device) for _ in range(2))
-    return Answers(index, prediction, score.new_full((rows,), torch.nan))
+def _answered(answers: Answers | None, index: Tensor | None, k: int, step: GateStep) -> Answers:
+    """Answers with those of exit k to all rows in flight; of some, a deeper exit knows better."""
+    if answers is None or index is None:
+        return Answers(torch.full_like(step.prediction, k), step.prediction, step.score)
+    answers.exit_index.index_fill_(0, index, k)
+    answers.prediction.index_copy_(0, index, step.prediction)
+    answers.score.index_copy_(0, index, step.score)
+    return answers

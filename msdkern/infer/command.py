@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msdkern.cli import CommandError
+from msdkern.train.options import add_checkpoint_arguments, given_fields
 
 if TYPE_CHECKING:
     from msdkern.train.evaluate import Trained
@@ -21,7 +22,7 @@ CLOSE = 1e-4  # scores may differ by rounding, and rows whose score is so near a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint of msdkern train, such as last.pt")
+    add_checkpoint_arguments(parser, leave_out=("device", "executor", "threads", "amp"))
     parser.add_argument(
         "--thresholds", help="a file of msdkern calibrate (default: thresholds.json beside it)"
     )
@@ -35,14 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compact: any number of rows; cond: one row at a time",
     )
     parser.add_argument("--out", help="the file to write (default: beside the checkpoint)")
-    for name, text in (("root", "folder of the images, if they have moved"),):
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Export, compare with the runner, and say where the file is."""
-    from msdkern.train.evaluate import given_fields, opened
+    from msdkern.train.evaluate import opened
 
     path = Path(args.checkpoint)
     thresholds = args.thresholds or str(path.with_name("thresholds.json"))

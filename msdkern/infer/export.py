@@ -23,7 +23,7 @@ from msdkern import executors, reference
 from msdkern.calibrate.files import Thresholds
 from msdkern.executors import eager
 from msdkern.infer.answers import Answers
-from msdkern.infer.gates import Gates, inference, run_stage, stages_of
+from msdkern.infer.gates import Gates, Inference, run_stage, stages_of
 from msdkern.ops import checks
 from msdkern.ops.gate import GateStep, gate_step
 
@@ -67,7 +67,7 @@ class _Export(nn.Module):
 
 
 class CompactingExport(_Export):
-    """Exit, prediction and score [N] of any number of rows, computing only those that stay.
+    """Exit, prediction and score [N] of any number of rows but 0, computing only those that stay.
 
     Arguments as of `msdkern.infer.AdaptiveRunner`; ``measure="score"`` cannot be exported. A copy
     of the first row travels behind the rows in flight and is answered nowhere: so no stage meets an
@@ -180,7 +180,7 @@ def export_program(module: nn.Module, x: Any) -> torch.export.ExportedProgram:
         checks.fail(op, "the example of a CompactingExport must have at least two rows", rows)
     dynamic = pytree.tree_map(lambda t: {0: torch.export.Dim.DYNAMIC}, x)
     shapes = None if single else (dynamic,)
-    with inference(list(module.modules())), executors.executor("eager"):
+    with Inference(module, [])(), executors.executor("eager"):
         program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
         program = program.run_decompositions(_decompositions())
     left = {node for graph in _graphs(program.graph_module) for node in _ours(graph)}

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaving early gives on a data set: accuracy, multiply-adds, and measured time beside."""
+"""What running everything and leaving early take on a data set, measured in turn."""
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from msdkern import models
-from msdkern.calibrate import files
-from msdkern.infer.answers import Answers
+from msdkern.infer.answers import Answers, Clock, Report
 from msdkern.infer.budgeted import AdaptiveRunner
 from msdkern.train.batches import Normalise, in_order
 from msdkern.train.data import Rows
@@ -24,87 +24,83 @@ if TYPE_CHECKING:
 BATCH_SIZE = 512
 REPEATS = 3  # of which the fastest counts
 
+Batches = list[tuple[Tensor, Tensor]]
+Timed = Callable[[Tensor], tuple[float, Any]]  # images in; seconds, and what was found
 
-def batches_of(trained: Trained, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+
+def batches_of(trained: Trained, rows: Rows, size: int = BATCH_SIZE) -> Batches:
     """Normalised images and labels, in order."""
     config = trained.config
     normalise = Normalise(trained.dataset, trained.device, config.channels_last)
-    return list(in_order(rows, normalise, BATCH_SIZE, trained.device))
+    return list(in_order(rows, normalise, size, trained.device))
 
 
-def fastest(call: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few calls."""
-    taken = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+def precision(trained: Trained) -> contextlib.AbstractContextManager:
+    """The network computes as `evaluate` has it compute: in bfloat16 where --amp is on."""
+    return torch.autocast(trained.device.type, torch.bfloat16, enabled=trained.config.amp)
 
 
-@torch.no_grad()
-def stage_milliseconds(trained: Trained, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """Milliseconds per row up to each exit, all rows computed: [K], cumulative."""
-    rows = max(sum(len(labels) for _, labels in batches), 1)
+def in_turn(
+    calls: Sequence[Timed], batches: Batches, repeats: int = REPEATS
+) -> list[list[tuple[float, Any]]]:
+    """Of every call and batch, the fastest of a few runs: [calls][batches].
 
-    def run(depth: int) -> None:
-        for images, _ in batches:
-            logits: list[Tensor] = []
-            features = images
-            for stage in trained.model.stages[:depth]:
-                features, logits = stage(features, logits)
+    The calls take turns at every batch: what else the computer does meets all of them alike.
+    """
+    found: list[list[tuple[float, Any]]] = [[] for _ in calls]
+    for images, _ in batches:
+        rounds = [[call(images) for call in calls] for _ in range(repeats)]
+        for i, runs in enumerate(zip(*rounds, strict=True)):
+            found[i].append(min(runs, key=itemgetter(0)))
+    return found
 
-    depths = range(1, trained.model.exits + 1)
-    return [1e3 * fastest(functools.partial(run, depth)) / rows for depth in depths]
+
+def whole_network(trained: Trained) -> Timed:
+    """Computes every exit of every row; finds the seconds of each stage."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> tuple[float, list[float]]:
+        taken, clock = [], Clock(trained.device)
+        logits: list[Tensor] = []
+        features: Any = images
+        for stage in trained.model.stages:
+            features, logits = stage(features, logits)
+            taken.append(clock.lap())
+        return sum(taken), taken
+
+    return run
 
 
-def answer(runner: AdaptiveRunner, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Accuracy, shares, multiply-adds and milliseconds per row of a runner on these batches."""
-    found: list[Answers] = []
+def cumulative_milliseconds(runs: list[tuple[float, list[float]]], rows: int) -> list[float]:
+    """Milliseconds of a row until each exit: [K]."""
+    stages = [sum(column) for column in zip(*(taken for _, taken in runs), strict=True)]
+    return [1e3 * seconds / max(rows, 1) for seconds in itertools.accumulate(stages)]
 
-    def run() -> None:
+
+def leaving_early(runner: AdaptiveRunner) -> Timed:
+    """Answers every row by the runner; finds the answers and the runner's report."""
+
+    def run(images: Tensor) -> tuple[float, tuple[Answers, Report]]:
         runner.report.clear()
-        found[:] = [runner(images) for images, _ in batches]
+        answers = runner(images)
+        return runner.report.seconds, (answers, replace(runner.report))
 
-    seconds = fastest(run)
-    rows = max(runner.report.rows, 1)
-    pairs = zip(found, batches, strict=True)
-    right = sum(int((out.prediction == labels).sum()) for out, (_, labels) in pairs)
+    return run
+
+
+def summary(
+    runs: list[tuple[float, tuple[Answers, Report]]], batches: Batches, madds: Sequence[float]
+) -> dict[str, Any]:
+    """Accuracy, shares, cost and time per row of a runner's run over all batches."""
+    rows = max(sum(len(labels) for _, labels in batches), 1)
+    pairs = zip(runs, batches, strict=True)
+    right = sum(int((out.prediction == labels).sum()) for (_, (out, _)), (_, labels) in pairs)
+    reports = [report for _, (_, report) in runs]
+    share = [sum(left) / rows for left in zip(*(report.left for report in reports), strict=True)]
     return {
         "accuracy": right / rows,
-        "madds": runner.report.mean_madds,
-        "milliseconds": 1e3 * seconds / rows,
-        "share": runner.report.share,
-        "rows": runner.report.rows,
+        "madds": sum(s * m for s, m in zip(share, madds, strict=True)),
+        "milliseconds": 1e3 * sum(seconds for seconds, _ in runs) / rows,
+        "stage_milliseconds": 1e3 * sum(sum(r.stage_seconds) for r in reports) / rows,
+        "share": share,
     }
-
-
-def adaptive_report(trained: Trained, path: str) -> dict[str, Any]:
-    """Leaving early by a file of thresholds on all held-out rows, beside running everything.
-
-    Raises ``CommandError`` for a file that belongs to another model or data set.
-    """
-    thresholds = files.load(path, trained.model, trained.dataset.fingerprint)
-    batches = batches_of(trained, trained.dataset.held_out)
-    madds = models.multiply_adds(trained.model, trained.dataset.input_shape)
-    runner = AdaptiveRunner(trained.model, thresholds, madds=madds)
-    report = answer(runner, batches)
-    whole = stage_milliseconds(trained, batches)[-1]
-    return {
-        **report,
-        "whole": {"madds": madds[-1], "milliseconds": whole},
-        "thresholds": list(thresholds.thresholds),
-        "measure": thresholds.measure,
-    }
-
-
-def sentence(report: dict[str, Any]) -> str:
-    """The adaptive report as one line."""
-    from msdkern.train.report import count
-
-    whole = report["whole"]
-    return (
-        f"leaving early: {100 * report['accuracy']:.2f} % right,"
-        f" {count(report['madds'])} of {count(whole['madds'])} multiply-adds a row,"
-        f" {report['milliseconds']:.3g} ms of {whole['milliseconds']:.3g} ms"
-    )

@@ -10,8 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from msdkern.infer.answers import Clock
 from msdkern.infer.budgeted import AdaptiveRunner
-from msdkern.infer.gates import compact, cut, device_of, inference, join, rows_of, run_stage
+from msdkern.infer.gates import (
+    State,
+    compact,
+    cut,
+    device_of,
+    join,
+    rows_of,
+    run_stage,
+)
 from msdkern.ops.gate import GateStep
 
 
@@ -25,9 +34,9 @@ class Answer(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """Rows in front of a stage: state (features, logits, memory), and when they came there."""
+    """Rows in front of a stage, and when they came there."""
 
-    state: Any
+    state: State
     tickets: list[int]
     since: float
 
@@ -75,7 +84,7 @@ class Stream:
         tickets = range(self.tickets, self.tickets + rows)
         self.tickets += rows
         if rows:
-            self.queues[0].append(_Waiting((x, [], ()), list(tickets), self.now()))
+            self.queues[0].append(_Waiting(State(x, []), list(tickets), self.now()))
         return tickets
 
     def step(self) -> list[Answer] | None:
@@ -128,21 +137,20 @@ class Stream:
 
     def _run(self, k: int) -> list[Answer]:
         runner, began = self.runner, time.perf_counter()
-        (features, logits, memory), tickets, _ = self._take(k)
-        with inference(runner.modules):
-            before = time.perf_counter()
-            features, logits = run_stage("Stream", runner.stages[k], k, features, logits)
-            if device_of(logits).type == "cuda":
-                torch.cuda.synchronize()
-            runner.report.stage_seconds[k] += time.perf_counter() - before
-            step = runner.gates.step(k, features, logits, memory or None)
+        (features, logits, memory, _), tickets, _ = self._take(k)
+        with runner.inference():
+            clock = Clock(device_of(features))
+            stage = runner.stages[k]
+            features, logits = run_stage("Stream", stage, k, features, logits, len(tickets))
+            runner.report.stage_seconds[k] += clock.lap()
+            step = runner.gates.step(k, features, logits, memory)
             count = int(step.count) if k < len(self.queues) - 1 else 0
             if count:
-                state = (features, logits, runner.gates.memory(step))
-                kept = compact(state, step.stay, count) if count < len(tickets) else state
-                order = step.stay[:count].tolist()
-                waiting = _Waiting(kept, [tickets[i] for i in order], self.now())
-                self.queues[k + 1].append(waiting)
+                kept, waiting = State(features, logits, runner.gates.memory(step)), tickets
+                if count < len(tickets):
+                    kept = compact(kept, step.stay, count)._replace(origin=None)
+                    waiting = [tickets[i] for i in step.stay[:count].tolist()]
+                self.queues[k + 1].append(_Waiting(kept, waiting, self.now()))
         report = runner.report
         report.entered[k] += len(tickets)
         report.left[k] += len(tickets) - count
@@ -153,6 +161,8 @@ class Stream:
 
 def _answers(step: GateStep, k: int, count: int, tickets: list[int]) -> list[Answer]:
     """The rows behind the first ``count`` of the order: those that leave at exit k."""
+    if count == len(tickets):
+        return []
     rows: Tensor = torch.arange(len(tickets)) if count == 0 else step.stay[count:]
     rows = rows.to(step.score.device)
     columns = (rows, step.prediction[rows], step.score[rows])

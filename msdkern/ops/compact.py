@@ -81,7 +81,7 @@ def _tensors(op: str, name: str, x: Any) -> list[Tensor]:
             checks.fail(op, rule, f"{checks.describe(tensors[0])} and {checks.describe(t)}")
         if t.requires_grad and torch.is_grad_enabled():
             checks.fail(op, f"{name} must not require a gradient (use torch.no_grad())", t)
-    return [t.detach() for t in tensors]
+    return [t.detach() if t.requires_grad else t for t in tensors]
 
 
 def _index(op: str, name: str, index: object, like: Tensor) -> None:

@@ -31,7 +31,8 @@ class TrainConfig:
     root: str = option("", "folder of the images, for --data cifar10", free=True)
     cache: bool = option(False, "keep decoded images as one file beside --out", free=True)
     held_out: float = option(0.2, "held-out share, where the data bring no test set of their own")
-    split_seed: int = option(0, "seed of that split; separate from --seed, so runs compare")
+    validation: int = option(0, "training rows set aside: not trained on, for calibrate")
+    split_seed: int = option(0, "seed of these splits; separate from --seed, so runs compare")
     augment: str = option(
         "auto",
         "random shifts, and mirror images; auto: what suits the data",
@@ -141,6 +142,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight_decay": _at_least(0),
     "warmup": _within(0, 1),
     "seed": _at_least(0),
+    "validation": _at_least(0),
     "split_seed": _at_least(0),
     "threads": _at_least(0),
     "checkpoint_every": _at_least(0),

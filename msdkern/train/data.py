@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,16 +31,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two sets of rows that share no row, and the numbers that normalise both."""
+    """Sets of rows that share no row, and the numbers that normalise them."""
 
     train: Rows
+    validation: Rows | None  # set aside from the training rows, to calibrate on
     held_out: Rows
     classes: tuple[str, ...]
     shift: int  # pixels by which --augment crop moves an image at most
     mirror: bool  # whether a mirrored image keeps its label
     mean: Tensor  # [C] of the training images
     std: Tensor  # [C]
-    fingerprint: str  # SHA-256 of all pixels, labels and the split
+    fingerprint: str  # SHA-256 of all pixels, labels and the splits
     best_accuracy: float | None = None  # of any classifier, where it is known
 
     @property
@@ -54,7 +56,8 @@ def load(config: TrainConfig) -> Dataset:
 
     Raises ``CommandError`` when files are missing, unreadable or not what they should be.
     """
-    return _load(config.data, config.root, config.held_out, config.split_seed, _cache_dir(config))
+    splits = (config.held_out, config.validation, config.split_seed)
+    return _load(config.data, config.root, *splits, _cache_dir(config))
 
 
 def _cache_dir(config: TrainConfig) -> str:
@@ -62,21 +65,26 @@ def _cache_dir(config: TrainConfig) -> str:
 
 
 @lru_cache(maxsize=1)
-def _load(data: str, root: str, held_out: float, split_seed: int, cache: str) -> Dataset:
+def _load(
+    data: str, root: str, held_out: float, validation: int, split_seed: int, cache: str
+) -> Dataset:
+    if root and data != "cifar10":
+        raise CommandError(f"--root: --data {data} reads no folder; got {root!r}")
+    known: dict[str, Any] = {"shift": 0, "mirror": False}
+    classes = tuple("0123456789")
     if data == "cifar10":
         from msdkern.train.cifar import load_cifar10
 
         train, test, classes = load_cifar10(root, cache)
-        return describe(train, test, classes, shift=4, mirror=True)
-    if root:
-        raise CommandError(f"--root: --data {data} reads no folder; got {root!r}")
-    if data == "digits":
+        known = {"shift": 4, "mirror": True}
+    elif data == "digits":
         train, test = split(digits(), held_out, split_seed)
-        return describe(train, test, tuple("0123456789"), shift=1, mirror=False)
-    rows, best = synthetic()
-    train, test = split(rows, held_out, split_seed)
-    names = tuple(str(label) for label in range(10))
-    return describe(train, test, names, shift=0, mirror=False, best_accuracy=best)
+        known["shift"] = 1
+    else:
+        rows, known["best_accuracy"] = synthetic()
+        train, test = split(rows, held_out, split_seed)
+    train, aside = set_aside(train, validation, split_seed)
+    return describe(train, test, classes, aside, **known)
 
 
 def digits() -> Rows:
@@ -124,10 +132,26 @@ def split(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
     return pick[0], pick[1]
 
 
+def set_aside(rows: Rows, count: int, seed: int) -> tuple[Rows, Rows | None]:
+    """The rows to train on, and ``count`` others drawn with ``seed`` (0: None)."""
+    if count == 0:
+        return rows, None
+    if count >= len(rows):
+        raise CommandError(
+            f"--validation: must leave some of the {len(rows)} training rows; got {count}"
+        )
+    chosen = torch.zeros(len(rows), dtype=torch.bool)
+    chosen[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]] = True
+    return Rows(rows.images[~chosen], rows.labels[~chosen]), Rows(
+        rows.images[chosen], rows.labels[chosen]
+    )
+
+
 def describe(
     train: Rows,
     held_out: Rows,
     classes: tuple[str, ...],
+    validation: Rows | None = None,
     *,
     shift: int,
     mirror: bool,
@@ -136,12 +160,13 @@ def describe(
     """Adds what follows from the rows: mean, standard deviation and fingerprint."""
     mean, std = channel_moments(train.images)
     digest = hashlib.sha256("\n".join(classes).encode())
-    for rows in (train, held_out):
+    for rows in (train, held_out, *((validation,) if validation is not None else ())):
         digest.update(str(tuple(rows.images.shape)).encode())
         digest.update(rows.images.contiguous().numpy().data)
         digest.update(rows.labels.numpy().data)
     return Dataset(
         train,
+        validation,
         held_out,
         classes,
         shift,

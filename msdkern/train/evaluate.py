@@ -21,6 +21,7 @@ from msdkern.train import checkpoint, data, parallel
 from msdkern.train.batches import Normalise, in_order
 from msdkern.train.config import TrainConfig
 from msdkern.train.data import Dataset
+from msdkern.train.options import add_batch_size, add_checkpoint_arguments, given_fields
 
 if TYPE_CHECKING:
     from msdkern.models import MultiExitNetwork
@@ -117,19 +118,26 @@ def opened(path: Path, given: dict[str, Any]) -> Iterator[Trained]:
         yield Trained(place(model, device, config).eval(), dataset, config, device)
 
 
-def evaluate_checkpoint(path: Path, given: dict[str, Any], thresholds: str = "") -> dict[str, Any]:
+def evaluate_checkpoint(
+    path: Path,
+    given: dict[str, Any],
+    thresholds: str = "",
+    budgets: Sequence[float] = (),
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Any]:
     """The report of the checkpoint at ``path``; ``given`` replaces fields of its config.
 
-    With a file of ``thresholds`` there is an entry "adaptive": what leaving early by them gives.
+    With a file of ``thresholds``, or with ``budgets``, there is an entry "early": what leaving
+    early by the file, and within each of these shares of the multiply-adds, gives.
     """
     with opened(path, given) as trained:
         started = time.perf_counter()
         report = evaluate(trained.model, trained.dataset, trained.config, trained.device)
         seconds = time.perf_counter() - started
-        if thresholds:
-            from msdkern.infer.measure import adaptive_report
+        if thresholds or budgets:
+            from msdkern.infer.evaluation import evaluate_early
 
-            report["adaptive"] = adaptive_report(trained, thresholds)
+            report["early"] = evaluate_early(trained, thresholds, budgets, batch_size)
     return {**report, "checkpoint": str(path), "seconds": seconds}
 
 
@@ -138,38 +146,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds", default="", help="also leave early by this file of msdkern calibrate"
     )
+    parser.add_argument(
+        "--budget",
+        type=shares,
+        default=(),
+        metavar="SHARE,...",
+        help="also leave early within these shares of the multiply-adds, with thresholds from the"
+        " rows that training set aside, and draw the curves",
+    )
+    parser.add_argument("--out", help="folder of the pictures (default: beside the checkpoint)")
+    add_batch_size(parser)
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that opens a checkpoint."""
-    parser.add_argument("checkpoint", help="a checkpoint of msdkern train, such as last.pt")
-    for name, text in (
-        ("root", "folder of the images, if they have moved"),
-        ("device", "cpu, cuda, ...; auto takes a GPU if there is one"),
-        ("executor", "who computes: auto, eager, cpu, ..."),
-    ):
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--threads", type=int, default=argparse.SUPPRESS, help="CPU threads")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-
-
-def given_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the config that the command line replaces."""
-    names = ("root", "device", "executor", "threads")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+def shares(text: str) -> tuple[float, ...]:
+    """Numbers above 0 up to 1, separated by commas."""
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"must be numbers above 0, at most 1; got {text!r}")
+    return values
 
 
 def run(args: argparse.Namespace) -> int:
-    """``msdkern evaluate``: the table that train printed at its end."""
+    """``msdkern evaluate``: the table that train printed, and what leaving early gives."""
     from msdkern.train.report import table
 
-    report = evaluate_checkpoint(Path(args.checkpoint), given_fields(args), args.thresholds)
+    path = Path(args.checkpoint)
+    given = given_fields(args)
+    report = evaluate_checkpoint(path, given, args.thresholds, args.budget, args.batch_size)
     print(table(report))
-    if "adaptive" in report:
-        from msdkern.infer.measure import sentence
-
-        print(sentence(report["adaptive"]))
+    if "early" in report:
+        say_early(report["early"], Path(args.out) if args.out else path.parent)
     if args.json:
         print(json.dumps(report))
     sys.stdout.flush()
     return 0
+
+
+def say_early(early: dict[str, Any], folder: Path) -> None:
+    """The table of leaving early, and its pictures."""
+    from msdkern.calibrate.sets import SEEN
+    from msdkern.infer import evaluation, plots
+
+    if early["calibrated_on"] == "held-out":
+        print(f"msdkern evaluate: {SEEN}", file=sys.stderr)
+    print(evaluation.table(early))
+    print(plots.draw(early, folder), file=sys.stderr)

@@ -86,6 +86,7 @@ def test_damaged_files_are_one_sentence(model, tmp_path):
         "measure must be one of confidence, ": {**record, "measure": "sum"},
         "thresholds must be numbers, one per exit; got [None, 1, 2]": {
             **record, "thresholds": [None, 1, 2]},
+        "thresholds must not be NaN": {**record, "thresholds": [0.5, float("nan"), 1]},
         "thresholds and temperature must be as many; got 1 and 3": {**record, "thresholds": [1]},
         "temperature must be positive; got [1.0, 0.0, 1.0]": {**record, "temperature": [1, 0, 1]},
         "model must be a fingerprint; got 7": {**record, "model": 7},

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from msdkern import cli
+from msdkern.calibrate.sets import SEEN
 from msdkern.train import data
 from tests.cli.test_train_cli import ENVIRONMENT, FAST, msdkern
 
@@ -28,7 +29,7 @@ def leave_no_trace():
 def calibrated(tmp_path_factory):
     """A trained checkpoint, and what calibrate printed."""
     folder = tmp_path_factory.mktemp("calibrate") / "run"
-    assert msdkern("train", *FAST, "--out", folder).returncode == 0
+    assert msdkern("train", *FAST, "--validation", "90", "--out", folder).returncode == 0
     done = msdkern("calibrate", folder / "last.pt", "--budget", "0.8", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -41,25 +42,40 @@ def run(capsys, *words):
     return code, out.splitlines(), err
 
 
-def test_calibrate_prints_a_table_and_json_and_draws(calibrated):
+def test_calibrate_prints_tables_and_json(calibrated):
     folder, done = calibrated
     *text, last = done.stdout.splitlines()
     report = json.loads(last)
     assert text[0].split()[:2] == ["exit", "accuracy"]
+    assert text[4].split()[:3] == ["accuracy", "multiply-adds", "ms"]
+    assert text[5].split()[:2] == ["whole", "network"]
+    assert text[6].split()[0] == "thresholds"
     assert text[-1] == f"thresholds: {folder / 'thresholds.json'}"
-    assert report["adaptive"]["madds"] <= 0.9 * report["adaptive"]["whole"]["madds"]
-    assert sum(report["adaptive"]["share"]) == pytest.approx(1.0)
-    assert len(report["curve"]) == 39
-    assert sum("milliseconds" in point for point in report["curve"]) == 10
+    assert (report["calibrated_on"], report["rows"]) == ("validation", 2700)
+    assert done.stderr == ""
+    [found] = report["early"]
+    assert found["madds"] <= 0.9 * report["exits"][-1]["madds"]
+    assert sum(found["share"]) == pytest.approx(1.0)
+    assert 0 < found["stage_milliseconds"] < found["milliseconds"]
     names = {"exit", "accuracy", "madds", "milliseconds", "temperature", "ece", "nll", "brier",
              "ece_uncalibrated", "nll_uncalibrated", "brier_uncalibrated"}  # fmt: skip
     assert report["exits"][0].keys() == names
     assert all(row["nll"] <= row["nll_uncalibrated"] + 0.02 for row in report["exits"])
     stored = json.loads((folder / "thresholds.json").read_text())
-    assert stored["predicted"]["madds"] <= 0.8 * report["adaptive"]["whole"]["madds"]
-    assert stored["thresholds"] == report["thresholds"]
-    for name in ("budgeted.png", "reliability.png", "exits.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG"), name
+    assert stored["predicted"]["madds"] <= 0.8 * report["exits"][-1]["madds"]
+    assert stored["thresholds"] == found["thresholds"]
+    assert stored["method"] == {"name": "accuracy", "budget": 0.8, "rows": "validation"}
+
+
+def test_rows_that_training_did_not_set_aside_are_named(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(capsys, "train", *FAST, "--out", folder, "--quiet")[0] == 0
+    for words in (["calibrate"], ["evaluate", "--thresholds", folder / "thresholds.json"]):
+        code, lines, err = run(capsys, *words, folder / "last.pt", "--threads", 1, "--json")
+        report = json.loads(lines[-1])
+        report = report["early"] if words[0] == "evaluate" else report
+        assert (code, report["calibrated_on"], report["rows"]) == (0, "held-out", 900)
+        assert err.startswith(f"msdkern {words[0]}: {SEEN}\n")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +83,8 @@ def test_calibrate_prints_a_table_and_json_and_draws(calibrated):
     [
         (["--method", "budgeted", "--ratio", "0.5", "--measure", "entropy"], "budgeted"),
         (["--method", "risk", "--max-loss", "0.05", "--measure", "margin"], "risk"),
+        (["--amp", "--budget", "0.9"], "accuracy"),
+        (["--method", "match", "--max-loss", "0.05"], "match"),
         (["--no-temperature", "--measure", "max_logit", "--budget", "1"], "accuracy"),
     ],
 )
@@ -77,24 +95,50 @@ def test_other_methods(calibrated, tmp_path, capsys, words, name):
         capsys, "calibrate", folder / "last.pt", "--threads", 1, "--out", out, "--json", *words
     )
     assert code == 0, err
-    report = json.loads(lines[-1])
-    assert report["method"]["name"] == name
+    [found] = json.loads(lines[-1])["early"]
+    assert found["method"]["name"] == name
     stored = json.loads(out.read_text())
+    assert stored["method"] == found["method"]
     assert (stored["temperature"] == [1.0] * 3) == ("--no-temperature" in words)
     if name == "risk":
         assert stored["method"]["loss"] <= stored["method"]["upper_bound"] <= 0.05
 
 
-def test_evaluate_leaves_early_by_the_file(calibrated, capsys):
-    folder, _ = calibrated
-    path = folder / "thresholds.json"
-    words = ("evaluate", folder / "last.pt", "--thresholds", path, "--threads", 1, "--json")
-    code, lines, err = run(capsys, *words)
+def test_evaluate_leaves_early_by_the_file(calibrated, tmp_path, capsys):
+    folder, done = calibrated
+    words = ("--thresholds", folder / "thresholds.json", "--threads", 1, "--out", tmp_path)
+    code, lines, err = run(capsys, "evaluate", folder / "last.pt", *words, "--json")
     assert code == 0, err
-    assert lines[-2].startswith("leaving early: ")
     report = json.loads(lines[-1])
-    assert report["adaptive"]["rows"] == report["rows"]
-    assert report["adaptive"]["whole"]["madds"] == report["exits"][-1]["madds"]
+    [found], [before] = report["early"]["early"], json.loads(done.stdout.splitlines()[-1])["early"]
+    timeless = ("name", "accuracy", "madds", "share", "thresholds", "method")
+    assert [found[key] for key in timeless] == [before[key] for key in timeless]
+    assert report["early"]["rows"] == report["rows"] == 2700
+    assert report["early"]["curve"] == []
+
+
+def test_evaluate_draws_what_budgets_buy(calibrated, tmp_path, capsys):
+    folder, _ = calibrated
+    words = ("--budget", "0.7,1", "--threads", 1, "--out", tmp_path / "new", "--batch-size", 300)
+    code, lines, err = run(capsys, "evaluate", folder / "last.pt", *words, "--json")
+    assert code == 0, err
+    early = json.loads(lines[-1])["early"]
+    assert [found["name"] for found in early["early"]] == ["budget 0.7", "budget 1"]
+    assert early["early"][0]["madds"] <= 0.8 * early["exits"][-1]["madds"]
+    assert len(early["curve"]) == 39
+    assert sum("milliseconds" in point for point in early["curve"]) == 10
+    assert lines[-2] == "2,700 rows, batches of 300, the fastest of 3 runs in turn"
+    for name in ("budgeted.png", "reliability.png", "exits.png"):
+        assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG"), name
+        assert str(tmp_path / "new" / name) in err
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "half", "0.5,"])
+def test_budgets_are_shares(calibrated, capsys, text):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "none.pt", "--budget", text])
+    sentence = f"argument --budget: must be numbers above 0, at most 1; got {text!r}"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(sentence)
 
 
 def test_a_file_of_another_run_is_refused(calibrated, tmp_path, capsys):

@@ -13,23 +13,25 @@ from tests.cases import generator, property_test
 from tests.infer.networks import Table, tables
 from tests.servers import SERVERS, serve
 
-THRESHOLDS = (-torch.inf, torch.inf, 0.0, 0.25, 0.5, 0.9, 1.0)
+THRESHOLDS = (-torch.inf, torch.inf, 0.0, 0.25, 0.5, 0.9, 1.0, "tie")
+limits = st.one_of(st.sampled_from(THRESHOLDS), st.floats(-1.0, 4.0, width=32))
 
 
 @hypothesis.given(
     st.integers(1, 5), st.integers(0, 40), st.sampled_from((1, 2, 10)),
-    st.sampled_from(reference.MEASURES), st.lists(st.sampled_from(THRESHOLDS), min_size=5,
-    max_size=5), st.sampled_from((1, 3, 40)), st.booleans(), st.booleans(), st.integers(0, 999),
+    st.sampled_from(reference.MEASURES), st.lists(limits, min_size=5, max_size=5),
+    st.sampled_from((1, 3, 40)), st.booleans(), st.booleans(), st.integers(0, 999),
 )  # fmt: skip
-@hypothesis.settings(property_test, max_examples=80)
+@hypothesis.settings(property_test, max_examples=120)
 def test_early_answers_are_those_chosen_afterwards(
     exits, rows, classes, measure, thresholds, batch, nested, broken, seed
 ):
     z = tables(exits, rows, classes, seed)
     if broken and rows:
         z[seed % exits, seed % rows] = torch.nan
-    limits, t = thresholds[:exits], [0.5 + 0.5 * k for k in range(exits)]
+    t = [0.5 + 0.5 * k for k in range(exits)]
     given = torch.rand(exits, rows, generator=generator(seed)) if measure == "score" else None
+    limits = [number(limit, z, k, measure, t, given) for k, limit in enumerate(thresholds[:exits])]
     score = None if given is None else lambda k, features, logits: given[k][index_of(features)]
     order = torch.randperm(rows, generator=generator(seed))
     model = Table(z, nested)
@@ -51,6 +53,15 @@ def test_early_answers_are_those_chosen_afterwards(
             assert a[1:3] == true[:2]
             assert a.score == true[2] or (a.score != a.score and true[2] != true[2])
         assert streamed.report.left == left
+
+
+def number(limit, z, k, measure, t, given):
+    """A threshold; "tie" is the score that one of the rows has at exit k."""
+    if limit != "tie":
+        return limit
+    scores, _ = msdkern.calibrate.exit_scores(z, measure, temperature=t, score=given)
+    known = scores[k][~scores[k].isnan()]
+    return float(known[len(known) // 2]) if len(known) else 0.5
 
 
 def index_of(features):
@@ -76,11 +87,34 @@ def test_stages_see_only_the_rows_that_stayed():
     assert model.seen == [[8, 8], [4], [2]]  # nobody went on
 
 
+@pytest.mark.parametrize("measure", [m for m in reference.MEASURES if m != "score"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_all_leave_at_one_exit(measure, rows):
+    """Nobody before it, so nothing is copied; everybody there, so no later stage runs."""
+    z = tables(4, rows, 3, 5)
+    never, always = (1e9, -1e9) if measure not in reference.LOW_SCORES else (-1e9, 1e9)
+    for exit_index in range(4):
+        model = Table(z)
+        limits = [never] * exit_index + [always] * (4 - exit_index)
+        given = []
+        for stage in model.stages:
+            stage.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+        x = torch.arange(rows)
+        found = infer.AdaptiveRunner(model, limits, measure)(x)
+        assert found.exit_index.tolist() == [exit_index] * rows
+        assert torch.equal(found.prediction, z[exit_index].argmax(-1))
+        assert model.seen == [[rows]] * (exit_index + 1) + [[]] * (3 - exit_index)
+        assert all(features is x for features in given)
+
+
 def test_an_empty_batch():
     runner = infer.AdaptiveRunner(Table(tables(2, 3, 4, 0)), 0.5)
     found = runner(torch.arange(0))
     assert [x.shape for x in found] == [(0,)] * 3
     assert [x.dtype for x in found] == [torch.int64, torch.int64, torch.float32]
+    assert runner.report.rows == 0
+    for batch in (1, 4):
+        assert list(infer.Stream(runner, batch).answer([torch.arange(0)] * 2)) == []
 
 
 def test_a_real_network_from_one_row_to_many():
@@ -111,6 +145,42 @@ def test_a_real_network_from_one_row_to_many():
         model.eval()
 
 
+class Mode(torch.nn.Module):
+    """Answers by the mode that the module inside it is in."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Identity()
+
+    def forward(self, features, logits):
+        return features, [*logits, torch.full((len(features), 2), float(self.inner.training))]
+
+
+def test_every_call_runs_in_evaluation_mode_and_gives_the_mode_back():
+    model = staged(Mode(), Mode())
+    runner = infer.AdaptiveRunner(model, torch.inf, "max_logit")
+    anytime = infer.AnytimeRunner(model)
+    inner = model.stages[1].inner
+
+    def check():
+        modes = [module.training for module in model.modules()]
+        assert runner(torch.zeros(2)).score.tolist() == [0.0, 0.0]
+        assert anytime(torch.zeros(2), torch.inf).logits.sum() == 0
+        assert [module.training for module in model.modules()] == modes
+
+    for switch in (model.train, model.eval, model.train, inner.eval, model.eval, model.eval):
+        switch()
+        check()
+    inner.train()  # alone, after all were seen in evaluation mode: its caller's wish
+    assert runner(torch.zeros(2)).score.tolist() == [1.0, 1.0]
+    for stage in model.stages:
+        stage.train()
+        check()
+    fresh = staged(Mode(), Mode()).eval()
+    fresh.stages[1].inner.train()  # before: seen
+    assert infer.AdaptiveRunner(fresh, torch.inf, "max_logit")(torch.zeros(1)).score == 0
+
+
 def test_thresholds_from_a_file():
     z = tables(3, 20, 5, 3)
     found = Thresholds("entropy", (0.9, 1.1, -1e8), (1.0, 2.0, 0.5), "model", "data")
@@ -118,6 +188,11 @@ def test_thresholds_from_a_file():
     expected = msdkern.exit_gate(z, [0.9, 1.1, 0.0], "entropy", temperature=[1.0, 2.0, 0.5])
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b)
+
+
+class TooFew(torch.nn.Module):
+    def forward(self, features, logits):
+        return features, [*logits, features[1:]]
 
 
 class OneTooMany(torch.nn.Module):
@@ -153,6 +228,12 @@ WRONG = {
     ),
     "AdaptiveRunner: stage 1 must return (features, logits + [new]) with 1 logits; got 2": lambda: (
         infer.AdaptiveRunner(staged(OneTooMany()), 0.5)(torch.zeros(2, 3))
+    ),
+    "AdaptiveRunner: stage 1 must answer the 2 rows that it gets; got float32 [1, 3]": lambda: (
+        infer.AdaptiveRunner(staged(TooFew()), 0.5)(torch.zeros(2, 3))
+    ),
+    "Stream: stage 1 must answer the 2 rows that it gets; got float32 [1, 3]": lambda: list(
+        infer.Stream(infer.AdaptiveRunner(staged(TooFew()), 0.5), 2).answer([torch.zeros(2, 3)])
     ),
     "AdaptiveRunner: there must be at least one batch; got none": lambda: infer.AdaptiveRunner(
         MODEL, 0.5

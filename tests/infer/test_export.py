@@ -65,7 +65,10 @@ def assert_same(found, expected):
         torch.testing.assert_close(torch.as_tensor(ours), true, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("measure", ["confidence", "normalized_entropy", "patience"])
+@pytest.mark.parametrize(
+    "measure",
+    ["confidence", "margin", "entropy", "normalized_entropy", "max_logit", "patience"],
+)
 def test_program_for_any_number_of_rows(measure):
     model = perceptron()
     limits = [1.0] * 3 if measure == "patience" else between(model, measure, batch(200))
@@ -97,9 +100,11 @@ def test_thresholds_can_be_changed_after_export():
     assert_same(module(x), expected)
 
 
-def test_a_convolutional_network():
+@pytest.mark.parametrize("name", ["resnet8", "msdnet_tiny"])
+def test_a_convolutional_network(name):
+    """The second hands on several maps, fine to coarse."""
     torch.manual_seed(1)
-    model = models.create("resnet8", 10, 3, width=8).eval()
+    model = models.create(name, 10, 3, width=8).eval()
     x = torch.randn(12, 3, 12, 12, generator=generator(2))
     limits = between(model, "margin", x)
     program = infer.export_program(infer.CompactingExport(model, limits, "margin"), x)

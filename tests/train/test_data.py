@@ -2,8 +2,10 @@
 """Where the images come from, and who is held out."""
 
 import numpy as np
+import pytest
 import torch
 
+from msdkern.cli import CommandError
 from msdkern.train import data
 from msdkern.train.config import TrainConfig
 
@@ -32,6 +34,33 @@ def test_split_follows_its_own_seed():
     other = data.load(TrainConfig(split_seed=1))
     assert other.fingerprint != first.fingerprint
     assert keys(other.held_out) != keys(first.held_out)
+
+
+def test_validation_rows_leave_the_training_rows_only():
+    whole = data.load(TrainConfig())
+    assert whole.validation is None
+    found = data.load(TrainConfig(validation=123))
+    assert (len(found.validation), len(found.train)) == (123, len(whole.train) - 123)
+    assert torch.equal(found.held_out.images, whole.held_out.images)
+    assert keys(found.validation) | keys(found.train) == keys(whole.train)
+    assert not keys(found.validation) & (keys(found.train) | keys(found.held_out))
+    mean, std = data.channel_moments(found.train.images)
+    assert (found.mean, found.std) == (mean, std)
+    marks = {
+        data.load(TrainConfig(validation=count, split_seed=seed)).fingerprint
+        for count, seed in ((0, 0), (123, 0), (124, 0), (0, 1), (123, 1))
+    }
+    assert len(marks) == 5
+    assert data.load(TrainConfig(validation=123, seed=7)).fingerprint == found.fingerprint
+
+
+def test_validation_must_leave_rows_to_train_on():
+    rows = len(data.load(TrainConfig()).train)
+    sentence = f"--validation: must leave some of the {rows} training rows; got {rows}"
+    with pytest.raises(CommandError, match=sentence):
+        data.load(TrainConfig(validation=rows))
+    with pytest.raises(CommandError, match="--validation: must be at least 0; got -1"):
+        TrainConfig(validation=-1)
 
 
 def test_moments_are_those_of_all_training_pixels():

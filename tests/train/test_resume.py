@@ -125,6 +125,8 @@ def test_other_config_is_refused_by_name(config):
     c = config()
     with pytest.raises(CommandError, match=r"--lr is 0\.02 in the run that is there; got 0\.5"):
         resume_config(c, {"lr": 0.5})
+    with pytest.raises(CommandError, match="--validation is 0 in the run that is there; got 9"):
+        resume_config(c, {"validation": 9})
     assert resume_config(c, {"checkpoint_every": 7, "lr": 0.02}) == replace(c, checkpoint_every=7)
 
 
