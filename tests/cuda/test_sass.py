@@ -77,7 +77,7 @@ def test_registers_leave_room_for_the_blocks_that_the_ladder_claims(cubins):
                 # Blocks of fewer threads, as many threads in all.
                 if "TiledI" in name or "StreamedI" in name:
                     assert resident(usage["REG"], 128) >= 3, (name, usage["REG"])
-    assert seen == 6 * 2 + 4  # no registers hold a sample of float64
+    assert seen == 6 * 2 + 2  # float64 has no tiles: shared memory or none
 
 
 # Blocks of 256 threads per processor that ways.h and softmax.cu claim, by the storage type.
