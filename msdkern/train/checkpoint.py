@@ -39,7 +39,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """
     discard(folder / PARTS)
     if (folder / NEXT).is_dir():
-        discard(folder / NEXT)
+        rotate(folder)  # a kill left it: it may be all there is
     content = encoded(state)
     write_atomically(folder / NEXT, lambda file: file.write(content))
     rotate(folder)
@@ -62,7 +62,8 @@ def save_sharded(folder: Path, state: dict[str, Any]) -> None:
         raise
 
     def publish() -> None:
-        discard(folder / NEXT)
+        if (folder / NEXT).exists():
+            rotate(folder)  # a kill left it: it may be all there is
         os.replace(parts, folder / NEXT)
         rotate(folder)
 

@@ -86,6 +86,8 @@ def together(act: Callable[[], T]) -> T:
         result = act()
     except CommandError as found:
         error = str(found)
+    except OSError as found:
+        error = ": ".join(str(part) for part in (found.filename, found.strerror or found) if part)
     errors = [text for text in gathered(error) if text]
     if errors:
         raise agreed(errors[0])

@@ -10,6 +10,7 @@ themselves are. Any number of processes reads the folder, in any mode; each take
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import warnings
@@ -55,9 +56,15 @@ def write(folder: Path, tensors: dict[str, Tensor], rest: bytes) -> None:
         raise parallel.agreed(f"{folder}: cannot be written: {_line(reason)}") from None
     parallel.first(lambda: write_atomically(folder / REST, lambda file: file.write(rest)))
     names = parallel.first(lambda: sorted(path.name for path in folder.iterdir()))
-    mine = {name: _file(folder / name) for name in names[parallel.rank() :: parallel.size()]}
+    share = names[parallel.rank() :: parallel.size()]
+    mine = parallel.together(lambda: {name: _file(folder / name) for name in share})
     files = {name: entry for part in parallel.gathered(mine) for name, entry in part.items()}
-    index = {"format": FORMAT, "tensors": writer.index, "files": files}
+    index = {
+        "format": FORMAT,
+        "tensors": writer.index,
+        "crc32": _crc(writer.index),
+        "files": files,
+    }
     text = json.dumps(index).encode()
     parallel.first(lambda: write_atomically(folder / INDEX, lambda file: file.write(text)))
 
@@ -126,8 +133,12 @@ def read_index(folder: Path) -> Index:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise ValueError(f"its format is {index['format']!r}")
-        if any(Path(name).name != name for name in (REST, *index["files"])):
+        if any(Path(name).name != name or name in ("", "..") for name in index["files"]):
             raise ValueError("it names files outside the folder")
+        if REST not in index["files"]:
+            raise ValueError(f"it does not list {REST}")
+        if index["crc32"] != _crc(index["tensors"]):
+            raise ValueError("its check sum does not match")
         for name, entry in index["tensors"].items():
             _check(name, entry, index["files"])
     except OSError as error:
@@ -141,11 +152,31 @@ def _check(name: str, entry: Index, files: Mapping[str, Any]) -> None:
     width, pieces = _dtype(entry["dtype"]).itemsize, entry["pieces"]
     if sum(math.prod(piece["size"]) for piece in pieces) != math.prod(entry["size"]):
         raise ValueError(f"the pieces of {name} do not make up {entry['size']}")
+    _check_cover(name, entry["size"], pieces)
     for piece in pieces:
         if piece["file"] not in files:
             raise ValueError(f"a piece of {name} is in a file that is not listed")
         if width * math.prod(piece["size"]) > files[piece["file"]]["bytes"]:
             raise ValueError(f"a piece of {name} is larger than its file")
+
+
+def _check_cover(name: str, size: Sequence[int], pieces: Sequence[Index]) -> None:
+    """Pieces of the right number of elements lie inside the tensor, and apart."""
+    boxes = [
+        [(begin, begin + n) for begin, n in zip(p["offset"], p["size"], strict=True)]
+        for p in pieces
+    ]
+    for box in boxes:
+        inside = [0 <= a <= b <= n for (a, b), n in zip(box, size, strict=True)]
+        if not all(inside):
+            raise ValueError(f"a piece of {name} lies outside it")
+    for one, other in itertools.combinations(boxes, 2):
+        if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True)):
+            raise ValueError(f"pieces of {name} overlap")
+
+
+def _crc(tensors: Index | None) -> int:
+    return zlib.crc32(json.dumps(tensors, sort_keys=True).encode())
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -33,6 +33,7 @@ def edit(folder, change):
     path = folder / sharded.INDEX
     index = json.loads(path.read_text())
     change(index)
+    index["crc32"] = sharded._crc(index.get("tensors"))
     path.write_text(json.dumps(index))
 
 
@@ -170,6 +171,16 @@ def enlarge(index):
     entry["size"] = entry["pieces"][0]["size"] = [1 << 50]
 
 
+def pieces(index):
+    return index["tensors"]["model.a.weight"]["pieces"]
+
+
+def halves(index):
+    """The first half, twice."""
+    entry = index["tensors"]["model.a.weight"]
+    entry["size"], entry["pieces"] = [60, 100], entry["pieces"] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -179,6 +190,10 @@ def enlarge(index):
         (lambda i: i["tensors"]["model.count"].update(size=[2]), "do not make up [2]"),
         (lambda i: i["tensors"]["model.count"]["pieces"][0].update(file="/etc/x"), "not listed"),
         (lambda i: i.pop("tensors"), "'tensors'"),
+        (lambda i: i["files"].pop(sharded.REST), "it does not list rest.pt"),
+        (lambda i: i["files"].update({"..": {}}), "it names files outside the folder"),
+        (lambda i: pieces(i)[0].update(offset=[1, 0]), "a piece of model.a.weight lies outside it"),
+        (halves, "pieces of model.a.weight overlap"),
         (enlarge, "a piece of model.count is larger than its file"),
     ],
 )
@@ -203,3 +218,34 @@ def test_what_cannot_be_written_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert newest(tmp_path) == (1, [])
+
+
+def test_numbers_of_the_index_are_checked_by_their_sum(tmp_path):
+    checkpoint.save_sharded(tmp_path, state(1))
+    path = tmp_path / "last.pt" / sharded.INDEX
+    index = json.loads(path.read_text())
+    pieces(index)[0]["begin"] = 1
+    path.write_text(json.dumps(index))
+    with pytest.raises(CommandError, match="its check sum does not match"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("save", [checkpoint.save, checkpoint.save_sharded])
+def test_what_a_kill_left_is_kept_while_the_next_is_written(tmp_path, save, monkeypatch):
+    """Killed before its rename, the first checkpoint is all there is."""
+    checkpoint.save_sharded(tmp_path, state(1))
+    (tmp_path / "last.pt").rename(tmp_path / checkpoint.NEXT)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(checkpoint, "sync_folder", lambda folder: None)
+    real = checkpoint.os.replace
+    monkeypatch.setattr(
+        checkpoint.os, "replace", lambda a, b: full() if "parts" in str(a) else real(a, b)
+    )
+    with pytest.raises((OSError, CommandError)):
+        save(tmp_path, state(2))
+    monkeypatch.undo()
+    assert newest(tmp_path)[0] == 1
