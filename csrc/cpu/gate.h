@@ -165,7 +165,8 @@ INLINE Reading<Real> read_long_row(const S *row, int64_t classes, Real inverse_t
             where = begin;
             if (before > lowest) {
                 const Real gap = (before - top) * inverse_t, factor = exponential(splat(gap))[0];
-                sums.weighted = (sums.weighted + sums.total * gap) * factor;
+                // Where `gap` overflows nothing is left.
+                sums.weighted = factor == 0 ? V{} : (sums.weighted + sums.total * gap) * factor;
                 sums.total = sums.total * factor;
             }
             shift = top;

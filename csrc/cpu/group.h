@@ -50,7 +50,8 @@ static void normalize_at_t(const Group<Real> &g, int samples, int rows, int exit
     for (int i = 0; i < entries; ++i) g.inverse_t[i] = 1 / g.sum_t[i];
     for (int i = 0; i < entries; ++i) g.log_t[i] = Real(g.logs[i]);
     for (int n = 0; n < samples; ++n) {
-        const double deepest = g.logs[g.at(n, exits - 1)];
+        // Any reference that all rows of a sample share will do; exits may hold NaN.
+        const double last = g.logs[g.at(n, exits - 1)], deepest = last - last == 0 ? last : 0;
         for (int r = 0; r < rows; ++r) {
             const int i = g.at(n, r);
             const double gap = g.logs[i] - deepest;

@@ -184,7 +184,7 @@ class Lanes {
         for (int k = 0; k < loss.exits; ++k) {
             Real z[W] = {};
             for (int lane = 0; lane < count; ++lane)
-                if (total[lane] != 0)
+                if (call.label && counts[lane] != 0)
                     z[lane] =
                         targets.number(loss.row_of(k, first + lane) + call.label[first + lane]);
             const int i = g.at(0, k);
@@ -193,11 +193,11 @@ class Lanes {
             const auto c = targets.of_label(load(z), load(g.maximum + i), load(g.log_one + i),
                                             load(g.inverse_one + i), load(total),
                                             upstream * exit_weight(k, first, count));
-            // Where a row has no mass its logits may be anything: 0, not 0 times that.
-            const auto mass = load(total) != V{};
-            ce[k] = mass ? c.value : V{};
-            s.p_scale[k] = mass ? c.p_scale : V{};
-            s.mass_scale[k] = c.mass_scale;
+            // The logits of a row that does not count may be anything: 0, not 0 times that.
+            const auto counted = (call.label ? valid : V{}) != V{};
+            ce[k] = counted ? c.value : V{};
+            s.p_scale[k] = counted ? c.p_scale : V{};
+            s.mass_scale[k] = counted ? c.mass_scale : V{};
             const V d = backward ? per_row(call.upstream_divergence, k, first, count)
                                  : splat(loss.row_factor);
             s.pair_scale[k] = valid * d * (loss.scale * s.share[k] * loss.inverse_t);

@@ -105,8 +105,10 @@ class Machine(Gates):
         logits = [unit_columns(z) for z in logits]
         exits, rows, classes = reference.sizes(logits)
         addresses, strides = table(logits)
-        if given.teacher_logits:
-            more = table([unit_columns(t) for t in given.teacher_logits])
+        # The kernels get addresses: copies must live until they have returned.
+        teachers = [unit_columns(t) for t in given.teacher_logits]
+        if teachers:
+            more = table(teachers)
             addresses, strides = addresses + more[0], strides + more[1]
         gradients, gradient_addresses = gradient_table(logits, gradient)
         label = given.label

@@ -139,3 +139,65 @@ def test_predictions_of_rows_whose_softmax_is_not_finite(classes, server):
         statistics = msdkern.exit_statistics([z])
     assert out.prediction.tolist() == [z.argmax(1).tolist(), z.flip(0).argmax(1).tolist()]
     assert statistics.prediction[0].tolist() == z.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_columns_may_lie_apart(classes, server):
+    """Copies that kernels get by address must outlive the call, teachers' as well."""
+    make = torch.Generator(torch.get_default_device()).manual_seed(0)
+    columns = [torch.randn(classes, 64, generator=make) for _ in range(5)]
+    weight = torch.rand(3, 5, generator=make)
+
+    def answers(rows):
+        z = [t.requires_grad_() for t in rows[:3]]
+        options = {"pair_weight": weight, "teacher_logits": rows[3:], "temperature": 2.0}
+        out = msdkern.multi_exit_loss(z, **options)
+        row = msdkern.multi_exit_row_losses(z, **options)
+        (out.loss + row.divergence.square().sum()).backward()
+        return [out.loss, row.divergence, *(t.grad for t in z)]
+
+    with serve(server):
+        apart = answers([t.clone().t() for t in columns])
+        dense = answers([t.t().contiguous() for t in columns])
+    assert all(torch.equal(a, b) for a, b in zip(apart, dense, strict=True))
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_pairs_that_the_deepest_exit_has_no_part_in(classes, server):
+    z = [torch.randn(4, classes) for _ in range(3)]
+    weight = torch.zeros(3, 3)
+    weight[0, 1] = 1.0
+    with serve(server):
+        expected = msdkern.multi_exit_row_losses(z, pair_weight=weight).divergence[0]
+        for bad in (torch.nan, -torch.inf):
+            z[2] = torch.full((4, classes), bad)
+            row = msdkern.multi_exit_row_losses(z, pair_weight=weight)
+            torch.testing.assert_close(row.divergence[0], expected)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("classes", [10, 300])
+def test_a_masked_label_without_weight(classes, server):
+    """0 times infinity, as F.cross_entropy has it."""
+    z, target, weight = torch.randn(20, classes), torch.arange(20) % 10, torch.ones(classes)
+    weight[3], z[3, 3] = 0.0, -torch.inf
+    expected = F.cross_entropy(z, target, weight, reduction="none")
+    with serve(server):
+        row = msdkern.multi_exit_row_losses([z], target, class_weight=weight)
+    torch.testing.assert_close(row.cross_entropy[0], expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -1e38])
+def test_entropy_of_rows_masked_by_a_low_number(mask, server):
+    z = torch.full((3, 5000), mask)
+    z[0, :100], z[1, 4000:], z[2, 2000] = torch.randn(100), torch.randn(1000), 1.0
+    with serve(server):
+        score = msdkern.gate_step(z, 0.0, "entropy").score
+        entropy = msdkern.exit_statistics([z]).entropy[0]
+    p = torch.softmax(z.double(), -1)
+    expected = -torch.special.xlogy(p, p).sum(-1).float()
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy, expected, rtol=1e-5, atol=1e-6)
