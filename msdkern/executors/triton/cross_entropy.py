@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .math import reciprocal, scalar, weigh
-from .rows import GROUP, add, at, batch_is_complete, column_sums
+from .rows import GROUP, add, at, batch_is_complete, column_sums, in_exit
 
 NO_TARGET = tl.constexpr(0)
 LABELS = tl.constexpr(1)
@@ -163,7 +163,7 @@ def row_weight(
     if exit_weight is None:
         a = tl.full(row.shape, 1.0, REAL)
     elif PER_ROW:
-        a = tl.load(exit_weight + k * rows + row, mask=present, other=0)
+        a = tl.load(exit_weight + in_exit(k, rows, row), mask=present, other=0)
     else:
         a = tl.load(exit_weight + k + 0 * row)
     return a

@@ -32,6 +32,7 @@ from .rows import (
     batch_is_complete,
     close,
     column_sums,
+    in_exit,
     load_exits,
     normalisers,
     start,
@@ -145,7 +146,7 @@ def loss_kernel(
     inverse, gap = normalisers(s, COUNT, K - 1)
     if FORM == SCALAR:
         for k in tl.static_range(K):
-            place = k * rows + row
+            place = in_exit(k, rows, row)
             tl.store(confidence + place, 1 / one[k], mask=present)
             first = tl.where(index[k] < 0, index[k] + LARGE, index[k])
             tl.store(prediction + place, first.to(tl.int64), mask=present)
@@ -179,8 +180,10 @@ def loss_kernel(
         log_one = log_one + (tl.log(one[k]),)
         up_ce, up_divergence = r_ce + 0 * poison, r_row + 0 * on_label
         if FORM == ROW_BACKWARD:
-            up_ce = tl.load(upstream_ce + k * rows + row, mask=present, other=0)
-            up_divergence = tl.load(upstream_divergence + k * rows + row, mask=present, other=0)
+            up_ce = tl.load(upstream_ce + in_exit(k, rows, row), mask=present, other=0)
+            up_divergence = tl.load(
+                upstream_divergence + in_exit(k, rows, row), mask=present, other=0
+            )
         a = row_weight(exit_weight, k, row, rows, present, EXIT_ROWS, REAL)
         if FORM != ROW_BACKWARD and not DENSE_TARGET:
             ce = poison

@@ -20,7 +20,13 @@ AT_ONCE = tl.constexpr(16)  # of them, and columns of sums, that are added in on
 @triton.jit
 def at(pointer, row, stride, STEP: tl.constexpr):
     """Pointers to the first class of each row."""
-    return pointer + row * (stride * STEP)
+    return pointer + row * stride * STEP  # 64 bits from the first product on, as `row` has
+
+
+@triton.jit
+def in_exit(k, rows, row):
+    """Places of exit k's rows in [K, N], in 64 bits."""
+    return tl.full((), rows, tl.int64) * k + row
 
 
 @triton.jit

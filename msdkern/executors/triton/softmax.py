@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .math import positive, scalar, softmax_jacobian, weigh
-from .rows import at, exit_of, load_tile
+from .rows import at, exit_of, in_exit, load_tile
 
 LARGE = tl.constexpr(1 << 30)
 
@@ -180,7 +180,7 @@ def statistics_kernel(
     # Where the largest logit is infinite or NaN, it is the sum.
     top = tl.where(first_nan < LARGE, float("nan"), m)
     finite = (top - top) == 0
-    place = k * rows + row
+    place = in_exit(k, rows, row)
     tl.store(lse + place, tl.where(finite, m + log_total, top), mask=present)
     tl.store(confidence + place, inverse, mask=present)
     tl.store(prediction + place, argmax.to(tl.int64), mask=present)

@@ -34,7 +34,7 @@ from .math import (
     softmax_jacobian,
     weigh,
 )
-from .rows import add, at, close, first_class, load_exits
+from .rows import add, at, close, first_class, in_exit, load_exits
 
 SCALAR = tl.constexpr(0)
 ROW_LOSSES = tl.constexpr(1)
@@ -138,7 +138,7 @@ def store_cross_entropy(
         tl.store(mine + k, tl.sum(ce, 0))
         tl.store(mine + K + k, tl.sum(a * ce, 0))
     else:
-        tl.store(row_losses + k * rows + row, a * ce, mask=present)
+        tl.store(row_losses + in_exit(k, rows, row), a * ce, mask=present)
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def store_divergence(
         if FORM == SCALAR:
             tl.store(mine + 2 * K + k, tl.sum(d, 0))
         else:
-            tl.store(row_losses + k * rows + row, d, mask=present)
+            tl.store(row_losses + in_exit(k, rows, row), d, mask=present)
 
 
 # One tile of all exits --------------------------------------------------------------------------
