@@ -14,13 +14,25 @@ namespace {
 
 thread_local std::string words;
 
+// Whether code for processors of 9.0 and newer, of which there is PTX if of anything, knows
+// clusters.
+bool has_clusters() {
+#ifdef __CUDA_ARCH_LIST__
+    for (const int arch : {__CUDA_ARCH_LIST__})
+        if (arch >= 900) return true;
+    return false;
+#else
+    return true;
+#endif
+}
+
 Machine ask(int device) {
     Machine m = {0, 0, false};
     int major = 0;
     cudaDeviceGetAttribute(&m.processors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&m.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    m.clusters = major >= 9;
+    m.clusters = major >= 9 && has_clusters();
     return m;
 }
 

@@ -45,7 +45,8 @@ template <int kNeeds, class Real>
 MSDKERN_DEVICE void rescale(Reading<Real> &r, Real gap) {
     gap = r.top > lowest<Real>() ? gap : Real(0);
     const Real factor = power(gap);
-    if (kNeeds & kWeighted) r.weighted = (r.weighted + r.sum * gap) * factor;
+    // Of logits that lie so far apart that `gap` overflows, nothing is left.
+    if (kNeeds & kWeighted) r.weighted = weigh(factor, r.weighted + r.sum * gap);
     if (kNeeds & kSquares) r.squares *= factor * factor;
     r.sum *= factor;
 }
@@ -234,6 +235,7 @@ class Reader {
         if (r.sum != r.sum) {
             const int at = first_nan(row);
             if (at != kNowhere) r.at = at, r.top = r.sum;
+            if (r.at == kNowhere) r.at = 0;    // masked, and the temperature leaves no softmax
         } else if (r.top == lowest<Real>()) {  // every class is masked: there is no softmax
             r.at = 0;
             if (kNeeds & kSum) r.sum = Real(NAN);

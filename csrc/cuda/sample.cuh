@@ -77,6 +77,7 @@ struct Exponent {
     }
     // 2^y here of where it was 1 there.
     MSDKERN_DEVICE Real move(const Exponent &from) const {
+        if (kFused && rate != from.rate) return 0;  // so far apart that nothing is left
         return exponential2((from.offset - offset) * (kFused ? Real(1) : rate));
     }
 

@@ -12,6 +12,7 @@ of a gate that is not positive makes its scores NaN, and a threshold that is NaN
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from msdkern import reference
 from msdkern.executors import native, tables
 
 BAD_LABEL, BAD_INDEX = 1, 6  # indices of the flags among the workspace's 32-bit words
+FLAGS = 64  # bytes at its beginning that hold them
 CUDA_ERROR = 7
 
 
@@ -51,7 +53,8 @@ def reason() -> str | None:
 
 class _Cuda(native.Machine):
     def __init__(self) -> None:
-        self.workspaces: dict[tuple[int, int], Tensor] = {}
+        # By device, stream and thread: a call may be two launches, which no other may part.
+        self.workspaces: dict[tuple[int, int, int], Tensor] = {}
 
     def kernels(self) -> Any:
         return _load()[0]
@@ -90,10 +93,13 @@ class _Cuda(native.Machine):
         size = self.workspace_bytes(index, exits, teachers)
         if self.capturing():
             return torch.zeros(size, dtype=torch.uint8, device=device)
-        kept = self.workspaces.get((index, stream))
+        key = index, stream, threading.get_ident()
+        kept = self.workspaces.get(key)
         if kept is None or kept.numel() < size:
-            kept = torch.zeros(size, dtype=torch.uint8, device=device)
-            self.workspaces[index, stream] = kept
+            grown = torch.zeros(size, dtype=torch.uint8, device=device)
+            if kept is not None:
+                grown[:FLAGS].copy_(kept[:FLAGS])  # nobody has asked for them yet
+            self.workspaces[key] = kept = grown
         return kept
 
     def place(
@@ -110,12 +116,18 @@ class _Cuda(native.Machine):
             raise RuntimeError(f"{op}: CUDA says: {self.kernels().last_error()}")
 
     def _met(self, flag: int) -> bool:
-        """Whether a flag is up in any workspace; it is put down. Waits for the device."""
-        flags = [w[:32].view(torch.int32)[flag] for w in self.workspaces.values()]
+        """Whether a flag is up in any workspace; it is put down. Waits for all streams."""
+        self.wait()
+        flags = [w[:FLAGS].view(torch.int32)[flag] for w in self.workspaces.values()]
         met = [flag.item() for flag in flags]
         for one in flags:
             one.zero_()
+        self.wait()
         return any(met)
+
+    def wait(self) -> None:
+        for index in {key[0] for key in self.workspaces}:
+            torch.cuda.synchronize(index)
 
     def check_labels(self) -> None:
         """Raise ValueError if a call since the last check met a label that is out of range.

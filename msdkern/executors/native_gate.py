@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,7 +166,7 @@ class Gates:
                 to_table[0],
                 from_table[1],
                 to_table[1],
-                [t.nbytes // (t.shape[0] or 1) for t in sources],
+                [math.prod(t.shape[1:]) * t.element_size() for t in sources],
             )
             if not status:
                 continue

@@ -62,10 +62,10 @@ class AnytimeRunner:
     def estimate(self, k: int, rows: int) -> float:
         """Seconds that stage k (0-based) may take for so many rows; 0 while nothing is known."""
         known = self.taken[k]
-        if rows in known:
+        if known.get(rows):
             return self.margin * max(known[rows])
-        larger = [max(v) for n, v in known.items() if n >= rows]
-        smaller = [max(v) * rows / max(n, 1) for n, v in known.items() if n < rows]
+        larger = [max(v) for n, v in known.items() if v and n >= rows]
+        smaller = [max(v) * rows / max(n, 1) for n, v in known.items() if v and n < rows]
         found = min(larger) if larger else max(smaller, default=0.0)
         return self.margin * found
 

@@ -33,6 +33,7 @@ def on_cuda(emulated, monkeypatch):
     monkeypatch.setattr(cuda, "reason", lambda: None)
     monkeypatch.setattr(cuda._Cuda, "stream", lambda self, device: 0)
     monkeypatch.setattr(cuda._Cuda, "capturing", lambda self: False)
+    monkeypatch.setattr(cuda._Cuda, "wait", lambda self: None)
     monkeypatch.setitem(executors.EXECUTORS, "cuda", ("msdkern.executors.cuda", "cpu"))
     caches = (executors.reason, executors._decide)
     for cached in caches:

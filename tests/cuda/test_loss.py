@@ -203,6 +203,11 @@ def test_a_label_out_of_range(on_cuda, label, classes):
     with pytest.raises(ValueError, match="got one that is out of range on a GPU"):
         cuda.check_labels()
     cuda.check_labels()  # which forgets it
+    msdkern.multi_exit_loss(z, target)
+    cuda._cuda.workspaces = {key: w[:64].clone() for key, w in cuda._cuda.workspaces.items()}
+    msdkern.multi_exit_loss(z, torch.zeros_like(target))  # needs a larger workspace
+    with pytest.raises(ValueError, match="got one that is out of range on a GPU"):
+        cuda.check_labels()
 
 
 def test_two_calls_agree_to_the_bit(on_cuda):

@@ -45,6 +45,11 @@ def test_the_deepest_exit_that_fits(runner):
         assert torch.equal(found.prediction, runner.z[exit_index][:2].argmax(-1))
 
 
+def test_nothing_is_known_after_one_cold_run(runner):
+    runner.prepare(torch.arange(2), repeats=0)
+    assert runner.estimate(1, 2) == runner.estimate(1, 3) == 0.0
+
+
 def test_sizes_not_seen_are_estimated_by_rows(runner):
     assert runner.estimate(1, 4) == 0.0
     runner.prepare(torch.arange(2))

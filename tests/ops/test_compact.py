@@ -97,3 +97,10 @@ def test_rows_that_do_not_exist(wrong, server):
         # Past the count nothing is read.
         assert msdkern.compact_rows(x, index, torch.tensor(1)).tolist() == [0, 0, 0, 0]
     assert x.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_rows_of_nothing(server):
+    with serve(server):
+        y = msdkern.compact_rows(torch.empty(0, 64), torch.zeros(3).long(), torch.tensor(0))
+    assert torch.equal(y, torch.zeros(3, 64))
