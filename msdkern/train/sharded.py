@@ -162,13 +162,15 @@ def _check(name: str, entry: Index, files: Mapping[str, Any]) -> None:
 
 def _check_cover(name: str, size: Sequence[int], pieces: Sequence[Index]) -> None:
     """Pieces of the right number of elements lie inside the tensor, and apart."""
-    boxes = [
-        [(begin, begin + n) for begin, n in zip(p["offset"], p["size"], strict=True)]
-        for p in pieces
-    ]
-    for box in boxes:
-        inside = [0 <= a <= b <= n for (a, b), n in zip(box, size, strict=True)]
-        if not all(inside):
+    if any(type(n) is not int or n < 0 for n in size):
+        raise ValueError(f"{name} has the size {size}")
+    boxes = []
+    for piece in pieces:
+        begins, sizes = piece["offset"], piece["size"]
+        if not len(begins) == len(sizes) == len(size):
+            raise ValueError(f"a piece of {name} has other dimensions")
+        boxes.append([(a, a + n) for a, n in zip(begins, sizes, strict=True)])
+        if not all(0 <= a <= b <= n for (a, b), n in zip(boxes[-1], size, strict=True)):
             raise ValueError(f"a piece of {name} lies outside it")
     for one, other in itertools.combinations(boxes, 2):
         if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True)):

@@ -169,6 +169,7 @@ def enlarge(index):
     """A tensor that would take all memory."""
     entry = index["tensors"]["model.count"]
     entry["size"] = entry["pieces"][0]["size"] = [1 << 50]
+    entry["pieces"][0]["offset"] = [0]
 
 
 def pieces(index):
@@ -192,6 +193,8 @@ def halves(index):
         (lambda i: i.pop("tensors"), "'tensors'"),
         (lambda i: i["files"].pop(sharded.REST), "it does not list rest.pt"),
         (lambda i: i["files"].update({"..": {}}), "it names files outside the folder"),
+        (lambda i: pieces(i)[0].update(offset=[0]), "model.a.weight has other dimensions"),
+        (lambda i: i["tensors"]["model.count"].update(size=[-1, -1]), "has the size [-1, -1]"),
         (lambda i: pieces(i)[0].update(offset=[1, 0]), "a piece of model.a.weight lies outside it"),
         (halves, "pieces of model.a.weight overlap"),
         (enlarge, "a piece of model.count is larger than its file"),
