@@ -18,7 +18,6 @@ constexpr int64_t kBlock = 4096;
 constexpr int kFewVectors = 32;   // up to here it does not pay to look for maxima in pieces
 constexpr int64_t kWindow = 256;  // classes per step when they are recomputed or converted
 constexpr int64_t kGroupBytes = 16 << 10;  // of exponentials kept for samples worked on together
-constexpr int64_t kMostSamples = 16;
 
 template <class S>
 struct Loss {

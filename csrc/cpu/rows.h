@@ -19,15 +19,16 @@ INLINE T most(T a, T b) {
     return a > b ? a : b;
 }
 
+constexpr int64_t kMostSamples = 16;  // that are worked on together, in lanes or one by one
+
 // Rows are handed out in blocks whose size depends on the shape alone, and partial sums are kept
 // per block: the result does not depend on the number of threads.
 struct Blocks {
-    static const int64_t kMostLanes = 16;
     int64_t rows, size, count;
     Blocks(int64_t rows_, int64_t elements_per_row) : rows(rows_) {
         const int64_t elements = 16384;  // enough work to be worth handing out
         size = most<int64_t>(1, elements / most<int64_t>(1, elements_per_row));
-        if (size > kMostLanes) size -= size % kMostLanes;  // whole groups of lanes.h
+        if (size > kMostSamples) size -= size % kMostSamples;  // whole groups
         count = (rows + size - 1) / size;
     }
     int64_t first(int64_t block) const { return block * size; }
