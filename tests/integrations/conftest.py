@@ -39,6 +39,20 @@ class Problem:
     def batches(self, rows: int = ROWS):
         return zip(self.images.split(rows), self.labels.split(rows), strict=True)
 
+    def trainer(self, model, args, **options):
+        """Hugging Face's, which takes the rows as they come."""
+        import transformers
+
+        class InOrder(transformers.Trainer):
+            def _get_train_sampler(self, *_):
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def collate(rows):
+            images, labels = zip(*rows, strict=True)
+            return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
+
+        return InOrder(model, args, data_collator=collate, train_dataset=self.dataset, **options)
+
 
 def make_problem() -> Problem:
     rows = digits()

@@ -12,14 +12,6 @@ transformers = pytest.importorskip("transformers")
 def trainer_for(problem, tmp_path):
     from msdkern.integrations import huggingface
 
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def collate(rows):
-        images, labels = zip(*rows, strict=True)
-        return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
-
     def make(criterion, rows, accumulate=1, network=None):
         args = transformers.TrainingArguments(
             str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
@@ -30,9 +22,8 @@ def trainer_for(problem, tmp_path):
         network = network or problem.network()
         model = huggingface.MultiExitModel(network, features=criterion.needs_features)
         optimizer = problem.optimizer(network.parameters())
-        return InOrder(
-            model, args, data_collator=collate, train_dataset=problem.dataset,
-            eval_dataset=problem.dataset, optimizers=(optimizer, None),
+        return problem.trainer(
+            model, args, eval_dataset=problem.dataset, optimizers=(optimizer, None),
             compute_loss_func=huggingface.compute_loss_func(criterion),
         )  # fmt: skip
 

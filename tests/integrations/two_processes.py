@@ -30,14 +30,6 @@ def huggingface(problem, folder):
 
     from msdkern.integrations import huggingface
 
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def collate(rows):
-        images, labels = zip(*rows, strict=True)
-        return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
-
     args = transformers.TrainingArguments(
         str(folder), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
         per_device_train_batch_size=8, gradient_accumulation_steps=2, num_train_epochs=1,
@@ -46,9 +38,9 @@ def huggingface(problem, folder):
         ddp_find_unused_parameters=False,
     )  # fmt: skip
     criterion, network = problem.criterion(), frozen(problem)
-    trainer = InOrder(
-        huggingface.MultiExitModel(network), args, data_collator=collate,
-        train_dataset=problem.dataset, optimizers=(problem.optimizer(network.parameters()), None),
+    trainer = problem.trainer(
+        huggingface.MultiExitModel(network), args,
+        optimizers=(problem.optimizer(network.parameters()), None),
         compute_loss_func=huggingface.compute_loss_func(criterion),
     )  # fmt: skip
     trainer.train()
