@@ -7,14 +7,14 @@ against, and what serves when no kernel can.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from msdkern import reference
+from msdkern.executors import rules
 from msdkern.executors.arguments import LossArguments
 
 
@@ -26,24 +26,10 @@ def _unstack(logits: Sequence[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind(0)) if logits[0].dim() == 3 else list(logits)
 
 
-def _check_positive(op: str, name: str, value: Tensor) -> None:
-    """Checked where reading the value needs no synchronisation with a GPU."""
-    if value.device.type == "cpu" and not all(0 < v < math.inf for v in value.view(-1).tolist()):
-        raise ValueError(f"{op}: {name} must be positive and finite; got {value.tolist()}")
-
-
-def _check_count(op: str, name: str, value: Tensor) -> None:
-    if value.device.type == "cpu" and not 0 <= value.item() < math.inf:
-        raise ValueError(f"{op}: {name} must be finite and not negative; got {value.item()}")
-
-
-def _check_labels(op: str, target: Tensor | None, classes: int, skip: int) -> None:
-    if target is None or target.is_floating_point() or target.device.type != "cpu":
-        return
-    wrong = ((target < 0) | (target >= classes)) & (target != skip)
-    if wrong.any():
-        rule = f"labels must be in [0, {classes}) or ignore_index = {skip}"
-        raise ValueError(f"{op}: {rule}; got {target[wrong][0].item()}")
+def _check(rule: Callable[..., None], op: str, value: Tensor | None, *given: Any) -> None:
+    """One of rules.py, where reading the value needs no synchronisation with a GPU."""
+    if value is not None and value.device.type == "cpu":
+        rule(op, value, *given)
 
 
 class _Rows:
@@ -59,8 +45,8 @@ class _Rows:
         self.stacked = logits[0].dim() == 3
         self.given, self.teachers, self.target = given, given.teacher_logits, given.target
         rows, classes = z[0].shape
-        _check_positive(op, "temperature", given.temperature)
-        _check_labels(op, given.target, classes, given.ignore_index)
+        _check(rules.positive, op, given.temperature, "temperature")
+        _check(rules.labels, op, given.label, classes, given.ignore_index)
         like = torch.empty((), dtype=reference.accumulation_dtype(z[0].dtype), device=z[0].device)
         self.temperature = given.temperature.to(like)
         self.scale = given.pair_scale.to(like)
@@ -135,7 +121,7 @@ def multi_exit_loss(logits: Sequence[Tensor], *arguments: Any) -> tuple[Any, ...
     one = torch.ones_like(mean_ce)
     r_ce, r_rows = (mean_ce, mean_rows) if reduction == "mean" else (one, one)
     if normalizer is not None:
-        _check_count("multi_exit_loss", "normalizer", normalizer)
+        _check(rules.not_negative, "multi_exit_loss", normalizer, "normalizer")
         r_ce = r_rows = reference.reciprocal(normalizer.to(one))
     statistics = [reference.statistics(z) for z in rows.logits]
     upstream = (r_ce.expand_as(ce), r_rows.expand_as(ce))
@@ -164,7 +150,7 @@ def multi_exit_row_losses_backward(
 
 
 def multi_exit_softmax(logits: Sequence[Tensor], temperature: Tensor, log: bool) -> list[Tensor]:
-    _check_positive("multi_exit_softmax", "temperature", temperature)
+    _check(rules.positive, "multi_exit_softmax", temperature, "temperature")
     result = []
     for z in logits:
         log_p = reference.log_softmax(z, temperature.to(z.device))
@@ -191,11 +177,6 @@ def multi_exit_softmax_backward(
 def exit_statistics(logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
     columns = zip(*(reference.statistics(z) for z in _unstack(logits)), strict=True)
     return tuple(torch.stack(column) for column in columns)
-
-
-def _check_threshold(op: str, threshold: Tensor) -> None:
-    if threshold.device.type == "cpu" and threshold.isnan().any():
-        raise ValueError(f"{op}: threshold must not be NaN; got {threshold.tolist()}")
 
 
 def _per_exit(value: Tensor, k: int, like: Tensor) -> Tensor:
@@ -227,8 +208,8 @@ def exit_gate(
     temperature: Tensor,
     score: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_threshold("exit_gate", threshold)
-    _check_positive("exit_gate", "temperature", temperature)
+    _check(rules.threshold, "exit_gate", threshold)
+    _check(rules.positive, "exit_gate", temperature, "temperature")
     return unchecked_exit_gate(logits, threshold, measure, temperature, score)
 
 
@@ -264,8 +245,8 @@ def gate_step(
     previous_score: Tensor | None,
     live: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_threshold("gate_step", threshold)
-    _check_positive("gate_step", "temperature", temperature)
+    _check(rules.threshold, "gate_step", threshold)
+    _check(rules.positive, "gate_step", temperature, "temperature")
     given = (score, previous_prediction, previous_score, live)
     return unchecked_gate_step(logits, threshold, measure, temperature, *given)
 
@@ -292,20 +273,10 @@ def unchecked_gate_step(
     return prediction, found, *reference.partition(stays)
 
 
-def _check_index(op: str, index: Tensor, count: Tensor | None, rows: int, limit: int) -> None:
-    """Where that needs no synchronisation: the rows that are used exist."""
-    if index.device.type != "cpu":
-        return
-    used = index[: rows if count is None else int(count)]
-    wrong = (used < 0) | (used >= limit)
-    if wrong.any():
-        raise ValueError(f"{op}: rows must be in [0, {limit}); got {used[wrong][0].item()}")
-
-
 def compact_rows(
     x: Sequence[Tensor], stay: Tensor, count: Tensor | None, capacity: int
 ) -> list[Tensor]:
-    _check_index("compact_rows", stay, count, capacity, x[0].shape[0])
+    _check(rules.rows_exist, "compact_rows", stay, count, capacity, x[0].shape[0])
     index, kept = stay[:capacity], None
     if count is not None:
         kept = torch.arange(capacity, device=stay.device) < count
@@ -325,7 +296,7 @@ def scatter_rows(
     out: Sequence[Tensor], values: Sequence[Tensor], index: Tensor, count: Tensor | None
 ) -> None:
     rows = values[0].shape[0]
-    _check_index("scatter_rows", index, count, rows, out[0].shape[0])
+    _check(rules.rows_exist, "scatter_rows", index, count, rows, out[0].shape[0])
     for t, v in zip(out, values, strict=True):
         if count is None:
             t.index_copy_(0, index[:rows], v)

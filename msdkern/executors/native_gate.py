@@ -13,10 +13,6 @@ from torch import Tensor
 from msdkern import reference
 from msdkern.executors.tables import DTYPE_CODES, address, real, table, unit_columns
 
-MEASURE_CODES = {
-    "confidence": 0, "margin": 1, "entropy": 2, "normalized_entropy": 3, "max_logit": 4,
-    "patience": 5, "score": 6,
-}  # fmt: skip
 TENSORS = 32  # that one copy of rows takes
 
 
@@ -70,7 +66,7 @@ class Gates:
             step,
             DTYPE_CODES[first.dtype],
             self.place(first, 1, 0, (temperature_there, threshold_there, live_there)),
-            MEASURE_CODES[measure],
+            reference.MEASURES.index(measure),
             rows,
             alive,
             classes,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from msdkern import reference
+from msdkern.executors import rules
 from msdkern.executors.tables import address
 
 from . import table
@@ -49,8 +50,8 @@ def _new(like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _check(op: str, threshold: Tensor, temperature: Tensor) -> None:
-    if checks_values(threshold) and threshold.isnan().any():
-        raise ValueError(f"{op}: threshold must not be NaN; got {threshold.tolist()}")
+    if checks_values(threshold):
+        rules.threshold(op, threshold)
     check_positive(op, "temperature", temperature)
 
 
@@ -137,13 +138,9 @@ def _check_between(op: str, name: str, value: Tensor | None, most: int) -> None:
 
 
 def _check_index(op: str, index: Tensor, count: Tensor | None, rows: int, limit: int) -> None:
-    if not checks_values(index):
-        return
-    _check_between(op, "count", count, rows)
-    used = index[: rows if count is None else int(count)]
-    wrong = (used < 0) | (used >= limit)
-    if wrong.any():
-        raise ValueError(f"{op}: rows must be in [0, {limit}); got {used[wrong][0].item()}")
+    if checks_values(index):
+        _check_between(op, "count", count, rows)
+        rules.rows_exist(op, index, count, rows, limit)
 
 
 def _dense_rows(x: Tensor, layout: torch.memory_format) -> bool:

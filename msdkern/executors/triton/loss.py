@@ -259,19 +259,9 @@ def loss_kernel(
             store_cross_entropy(ce, a, k, valid, present, row, rows, cross_entropy, mine, FORM, K)
         if not (DIRECT and RESIDENT):
             store_divergence(
-                close(value[k], WIDE),
-                scale,
-                k,
-                valid,
-                present,
-                row,
-                rows,
-                divergence,
-                mine,
-                PAIRS,
-                FORM,
-                K,
-            )
+                close(value[k], WIDE), scale, k, valid, present, row, rows, divergence, mine, PAIRS,
+                FORM, K,
+            )  # fmt: skip
     if FORM == SCALAR:
         counted = tl.where(valid, 1.0, 0.0)
         tl.store(mine + 3 * K, tl.sum(counted, 0))

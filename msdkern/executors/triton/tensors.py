@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msdkern import reference
+from msdkern.executors import rules
 
 REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 WIDEST_STEP = 16  # elements; 16 bytes of the narrowest dtype are 8 of them
@@ -37,22 +38,18 @@ def checks_values(tensor: Tensor) -> bool:
 
 
 def check_positive(op: str, name: str, value: Tensor) -> None:
-    if checks_values(value) and not all(0 < v < math.inf for v in value.view(-1).tolist()):
-        raise ValueError(f"{op}: {name} must be positive and finite; got {value.tolist()}")
+    if checks_values(value):
+        rules.positive(op, value, name)
 
 
 def check_count(op: str, name: str, value: Tensor) -> None:
-    if checks_values(value) and not 0 <= value.item() < math.inf:
-        raise ValueError(f"{op}: {name} must be finite and not negative; got {value.item()}")
+    if checks_values(value):
+        rules.not_negative(op, value, name)
 
 
 def check_labels(op: str, label: Tensor | None, classes: int, skip: int) -> None:
-    if label is None or not checks_values(label):
-        return
-    wrong = ((label < 0) | (label >= classes)) & (label != skip)
-    if wrong.any():
-        rule = f"labels must be in [0, {classes}) or ignore_index = {skip}"
-        raise ValueError(f"{op}: {rule}; got {label[wrong][0].item()}")
+    if label is not None and checks_values(label):
+        rules.labels(op, label, classes, skip)
 
 
 class Exits(NamedTuple):
