@@ -14,9 +14,12 @@ INLINE Pair<VecOf<Real>> pair_terms(const Sweep<Real> &s, int i, int j, int64_t 
     typedef VecOf<Real> V;
     const V q_i = load(s.e[i] + c) * s.inverse_t[i], q_j = load(s.e[j] + c) * s.inverse_t[j];
     if (kDivergence == MSDKERN_JSD) return jsd_pair(q_i, q_j, splat(s.beta));
-    if (kDivergence == MSDKERN_SOFT_CE) return soft_ce_pair(load(s.x[i] + c) - s.log_t[i], q_j);
+    const V x_i = below_maximum<V>(s, i, c), x_j = below_maximum<V>(s, j, c);
+    if (kDivergence == MSDKERN_SOFT_CE)
+        return soft_ce_pair(relative_log(s, x_i, V{}, s.log_t[i]), q_j);
     // Both less the deepest exit's log-sum, which their difference does not see.
-    const V l_i = load(s.x[i] + c) - s.gap[i], l_j = load(s.x[j] + c) - s.gap[j];
+    const V l_i = relative_log(s, x_i, V{}, s.gap[i]);
+    const V l_j = relative_log(s, x_j, V{}, s.gap[j]);
     if (kDivergence == MSDKERN_FORWARD_KL) return forward_kl_pair(q_i, l_i, q_j, l_j);
     return reverse_kl_pair(q_i, l_i, q_j, l_j);
 }
@@ -98,13 +101,14 @@ struct NamedTerms {
         V other[MSDKERN_MAX_EXITS], work[MSDKERN_MAX_EXITS];
         const int exits = s.exits, pairs = s.pairs;
         // Soft cross entropy takes l itself, the divergences l relative to the deepest exit's.
-        const V deepest_x = load(s.x[exits - 1] + c);
+        const V deepest = below_maximum<V>(s, exits - 1, c);
         for (int k = 0; k < exits; ++k) {
-            q[k] = probability<Real, V>(s, k, c);
+            q[k] = probability<V>(s, k, c);
+            const V x = below_maximum<V>(s, k, c);
             if (kForward || kReverse)
-                d[k] = relative_log(s, k, c, deepest_x, s.gap[k]);
+                d[k] = relative_log(s, x, deepest, s.gap[k]);
             else
-                d[k] = load(s.x[k] + c) - s.log_t[k];
+                d[k] = relative_log(s, x, V{}, s.log_t[k]);
             work[k] = kForward ? q[k] * d[k] : d[k];
         }
         sum_teachers(pairs, exits, q, mass);
@@ -166,9 +170,9 @@ static void general_gradients(Sweep<Real> &s, int64_t classes) {
         Terms::at(s, c, h);
         for (int i = 0; i < s.exits; ++i) {
             if (!s.out[i]) continue;
-            const V q = probability<Real, V>(s, i, c);
+            const V q = probability<V>(s, i, c);
             V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
-            g += at_one<Real, V>(s, i, c) * s.p_scale[i];
+            g += at_one<V>(s, s.power, i, c) * s.p_scale[i];
             if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
             store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }

@@ -3,7 +3,7 @@
 // at a time, so that logarithms and divisions serve whole vectors of rows.
 #pragma once
 
-#include "rows.h"
+#include "sweeps.h"
 
 namespace MSDKERN_NAMESPACE {
 
@@ -69,6 +69,19 @@ static void normalize_at_one(const Group<Real> &g, int entries) {
         g.inverse_one[i] = 1 / g.sum_one[i];
     }
     logarithms(g.log_one, entries);
+}
+
+// The entries of one sample, or vectors of them: what a Sweep has of each row.
+template <class Real, class Num>
+INLINE void take_rows(const Group<Real> &g, int first, int step, Sweep<Real, Num> &s) {
+    for (int r = 0; r < s.rows; ++r) {
+        const int i = first + r * step;
+        s.maximum[r] = *reinterpret_cast<const Num *>(g.maximum + i);
+        s.log_t[r] = *reinterpret_cast<const Num *>(g.log_t + i);
+        s.inverse_t[r] = *reinterpret_cast<const Num *>(g.inverse_t + i);
+        s.gap[r] = *reinterpret_cast<const Num *>(g.gap + i);
+        s.slack[r] = *reinterpret_cast<const Num *>(g.slack + i);
+    }
 }
 
 }  // namespace MSDKERN_NAMESPACE

@@ -26,12 +26,12 @@ class Lanes {
     Real *const kept;
     Sweep<Real, V> s;
 
-    // Classes of row r, a vector of samples each: x and, in its place, the gradient; e; e at 1.
+    // Classes of row r, a vector of samples each: z and, in its place, the gradient; e; e at 1.
     static int64_t array_size(const L &l) { return apart<Real>(l.classes * W); }
-    static int64_t row_size(const L &l) { return l.arrays() * array_size(l); }
-    Real *x_of(int r) const { return kept + r * row_size(loss); }
-    Real *e_of(int r) const { return x_of(r) + array_size(loss); }
-    Real *one_of(int r) const { return e_of(r) + (loss.arrays() - 2) * array_size(loss); }
+    static int64_t row_size(const L &l) { return (1 + l.arrays()) * array_size(l); }
+    Real *z_of(int r) const { return kept + r * row_size(loss); }
+    Real *e_of(int r) const { return z_of(r) + array_size(loss); }
+    Real *one_of(int r) const { return e_of(r) + (loss.arrays() - 1) * array_size(loss); }
 
  public:
     // Scratch memory: what a group's rows take, and their scalars.
@@ -47,19 +47,16 @@ class Lanes {
         : loss(l),
           call(l.call),
           g(static_cast<Real *>(memory) + l.rows * row_size(l), l.rows * W, 1, W),
-          kept(static_cast<Real *>(memory)) {
+          kept(static_cast<Real *>(memory)),
+          s(l.power) {
         s.exits = loss.exits;
         s.rows = loss.rows;
         s.pairs = call.pairs;
-        s.power = loss.power;
         s.weight = weight;
         s.matrix = nullptr;
         s.mass = nullptr;
-        // The group's arrays are [rows][lanes] and aligned: vectors of samples.
-        s.log_t = vectors(g.log_t);
-        s.inverse_t = vectors(g.inverse_t);
-        s.gap = vectors(g.gap);
-        s.slack = vectors(g.slack);
+        s.streams = false;
+        s.inverse_temperature = loss.inverse_t;
         for (int k = 0; k < loss.exits; ++k) sums[k] = Sums();
         pair_weights(call, s, weight);
         if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, weight, 0);
@@ -68,18 +65,16 @@ class Lanes {
     // Samples first to last, W of them at most. Those that must go row by row are left: a bit each.
     unsigned group(int64_t first, int64_t last) {
         const int count = int(last - first);
-        for (int r = 0; r < loss.rows; ++r) {
-            read(r, first, count);
-            softmax(r);
-        }
+        for (int r = 0; r < loss.rows; ++r) softmax(r, read(r, first, count));
         if (loss.divergent) normalize_at_t(g, W, loss.rows, loss.exits);
         normalize_at_one(g, W * loss.rows);
+        take_rows(g, 0, W, s);  // the arrays are [rows][lanes] and aligned: vectors of samples
         V ce[MSDKERN_MAX_EXITS];
         scales(first, count, ce);
-        sweep();
+        sweep(first, count);
         if (loss.divergent) correct_values(s, call.divergence);
         const unsigned left = record(first, count, ce);
-        if (loss.gradient) write_gradients(first, count);
+        if (loss.gradient) subtract_labels(first, count);
         if (call.label)
             for (int64_t n = first; n < last; ++n)
                 if (loss.targets.ignored(n)) loss.leave_out(n);
@@ -103,7 +98,6 @@ class Lanes {
     Sums sums[MSDKERN_MAX_EXITS];
     V valid;  // 1 where there is a sample and it counts, 0 elsewhere
 
-    static const V *vectors(const Real *p) { return reinterpret_cast<const V *>(p); }
     static Wide wide(V v) { return __builtin_convertvector(v, Wide); }
     static double sum_of(const Wide &v) {
         double total = 0;
@@ -120,48 +114,63 @@ class Lanes {
         count == W ? store(at, v) : store_partial(at, count, v);
     }
 
-    // Row r of every sample; lanes without one repeat the last.
-    void read(int r, int64_t first, int count) const {
-        Real *const to = x_of(r);
-        const S *from[W];
-        for (int lane = 0; lane < W; ++lane)
-            from[lane] = loss.row_of(r, first + least(lane, count - 1));
-        V v[W];
-        int64_t c = 0;
-        for (; c + W <= loss.classes; c += W) {
-            for (int lane = 0; lane < W; ++lane) v[lane] = load(from[lane] + c);
-            transpose(v);
-            for (int i = 0; i < W; ++i) store(to + (c + i) * W, v[i]);
-        }
-        const int rest = int(loss.classes - c);
-        if (rest == 0) return;
-        for (int lane = 0; lane < W; ++lane) v[lane] = load_partial(from[lane] + c, rest, Real(0));
-        transpose(v);
-        for (int i = 0; i < rest; ++i) store(to + (c + i) * W, v[i]);
-    }
-
-    void softmax(int r) const {
-        const Real *const x = x_of(r);
+    // The largest logit of each sample and its lowest class.
+    struct Tops {
         V m = splat(Real(-__builtin_inf()));
         I at = I{}, here = I{};
-        for (int64_t c = 0; c < loss.classes; ++c) {
-            const V z = load(x + c * W);
+        INLINE_MEMBER void add(V z) {
             at = z > m ? here : at;
             m = maximum(z, m);
             here += 1;
         }
+    };
+    // Row r of every sample; lanes without one repeat the last. Whole blocks of W classes: loads
+    // and shuffles of one overlap with the comparisons of another.
+    Tops read(int r, int64_t first, int count) const {
+        Real *const to = z_of(r);
+        const int64_t classes = loss.classes;
+        const S *from[W];
+        for (int lane = 0; lane < W; ++lane)
+            from[lane] = loss.row_of(r, first + least(lane, count - 1));
+        V v[W];
+        Tops tops;
+        int64_t c = 0;
+        for (; c + W <= classes; c += W) {
+            UNROLL for (int lane = 0; lane < W; ++lane) v[lane] = load(from[lane] + c);
+            transpose(v);
+            UNROLL for (int i = 0; i < W; ++i) {
+                store(to + (c + i) * W, v[i]);
+                tops.add(v[i]);
+            }
+        }
+        const int rest = int(classes - c);
+        if (rest == 0) return tops;
+        for (int lane = 0; lane < W; ++lane) v[lane] = load_partial(from[lane] + c, rest, Real(0));
+        transpose(v);
+        for (int i = 0; i < rest; ++i) {
+            store(to + (c + i) * W, v[i]);
+            tops.add(v[i]);
+        }
+        return tops;
+    }
+
+    void softmax(int r, const Tops &tops) const {
+        const Real *const from = z_of(r);
+        const V m = tops.m;
         const int first = g.at(0, r);
         store(g.maximum + first, m);
-        for (int lane = 0; lane < W; ++lane) g.argmax[first + lane] = at[lane];
+        for (int lane = 0; lane < W; ++lane) g.argmax[first + lane] = tops.at[lane];
         V at_t = V{}, at_one = V{};
-        for (int64_t c = 0; c < loss.classes; c += kSpan) {
-            const int64_t count = least(kSpan, loss.classes - c);
-            const RowStore<Real> out = {x_of(r) + c * W, e_of(r) + c * W, one_of(r) + c * W};
-            const RowSums<V> sums =
-                exponentials<true>(loss.power, x + c * W, count * W, m, loss.inverse_t, out);
-            at_t += sums.at_t;
-            at_one += sums.at_one;
-        }
+        with_power(loss.power, [&](auto power) __attribute__((always_inline)) {
+            for (int64_t c = 0; c < loss.classes; c += kSpan) {
+                const int64_t count = least(kSpan, loss.classes - c);
+                const RowStore<Real> out = {e_of(r) + c * W, one_of(r) + c * W};
+                const RowSums<V> sums = exponentials<decltype(power)::value, true>(
+                    from + c * W, count * W, m, loss.rate, out);
+                at_t += sums.at_t;
+                at_one += sums.at_one;
+            }
+        });
         store(g.sum_t + first, at_t);
         store(g.sum_one + first, at_one);
     }
@@ -204,18 +213,47 @@ class Lanes {
         }
     }
 
-    void sweep() {
+    // Blocks of W classes, each of which is turned back into rows while it is at hand.
+    void sweep(int64_t first, int count) {
         for (int k = 0; k < loss.exits; ++k) s.value[k] = V{};
         if (!loss.divergent && !loss.gradient) return;
-        for (int64_t c = 0; c < loss.classes; c += kSpan) {
+        for (int64_t c = 0; c < loss.classes; c += W) {
+            const int classes = int(least<int64_t>(W, loss.classes - c));
             for (int r = 0; r < loss.rows; ++r) {
-                s.x[r] = x_of(r) + c * W;
+                s.z[r] = z_of(r) + c * W;
                 s.e[r] = e_of(r) + c * W;
                 if (r >= loss.exits) continue;
                 s.one[r] = one_of(r) + c * W;
-                s.out[r] = call.gradient[r] ? x_of(r) + c * W : nullptr;  // x has been read
+                s.out[r] = call.gradient[r] ? z_of(r) + c * W : nullptr;  // z has been read
             }
-            loss.lane_student(s, least(kSpan, loss.classes - c) * W);
+            loss.lane_student(s, classes * W);
+            for (int k = 0; k < loss.exits; ++k)
+                if (s.out[k]) write(k, first, count, c, classes);
+        }
+    }
+    void write(int k, int64_t first, int count, int64_t c, int classes) const {
+        const Real *const from = z_of(k) + c * W;
+        S *const to = loss.gradient_of(k, first) + c;
+        const int64_t stride = loss.classes;
+        V v[W];
+        UNROLL for (int i = 0; i < W; ++i) v[i] = i < classes ? load(from + i * W) : V{};
+        transpose(v);
+        if (classes == W)
+            for (int lane = 0; lane < count; ++lane) store(to + lane * stride, v[lane]);
+        else
+            for (int lane = 0; lane < count; ++lane)
+                store_partial(to + lane * stride, classes, v[lane]);
+    }
+    // The label's share is subtracted in Real, before rounding to the storage dtype.
+    void subtract_labels(int64_t first, int count) const {
+        for (int k = 0; call.label && k < loss.exits; ++k) {
+            if (!call.gradient[k]) continue;
+            for (int lane = 0; lane < count; ++lane) {
+                if (valid[lane] == 0) continue;
+                const int64_t label = call.label[first + lane];
+                const Real left = z_of(k)[label * W + lane] - s.mass_scale[k][lane];
+                store_partial(loss.gradient_of(k, first + lane) + label, 1, splat(left));
+            }
         }
     }
 
@@ -247,31 +285,6 @@ class Lanes {
             put_rows(call.confidence, k, first, count, confidence);
             memcpy(call.prediction + k * call.rows + first, g.argmax + g.at(0, k),
                    size_t(count) * sizeof(int64_t));
-        }
-    }
-
-    void write_gradients(int64_t first, int count) const {
-        for (int k = 0; k < loss.exits; ++k) {
-            if (!call.gradient[k]) continue;
-            Real *const from = x_of(k);
-            for (int lane = 0; call.label && lane < count; ++lane)
-                if (valid[lane] != 0)
-                    from[call.label[first + lane] * W + lane] -= s.mass_scale[k][lane];
-            S *const to = loss.gradient_of(k, first);
-            V v[W];
-            int64_t c = 0;
-            for (; c + W <= loss.classes; c += W) {
-                for (int i = 0; i < W; ++i) v[i] = load(from + (c + i) * W);
-                transpose(v);
-                for (int lane = 0; lane < count; ++lane)
-                    store(to + lane * loss.classes + c, v[lane]);
-            }
-            const int rest = int(loss.classes - c);
-            if (rest == 0) continue;
-            for (int i = 0; i < W; ++i) v[i] = i < rest ? load(from + (c + i) * W) : V{};
-            transpose(v);
-            for (int lane = 0; lane < count; ++lane)
-                store_partial(to + lane * loss.classes + c, rest, v[lane]);
         }
     }
 };

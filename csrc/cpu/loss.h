@@ -11,8 +11,10 @@
 
 namespace MSDKERN_NAMESPACE {
 
-// Up to this size exponentials are kept between the sweeps, beyond it they are recomputed.
-constexpr int64_t kRowSetBytes = 8 << 20;
+// Gradients that no cache will hold are written past them; then there is room for the logits, and
+// less for exponentials. Up to so many bytes they are kept between the sweeps, beyond recomputed.
+constexpr int64_t kCacheBytes = 32 << 20;
+constexpr int64_t kRowSetBytes = 8 << 20, kRowSetBytesStreaming = 256 << 10;
 // Sums run over at most this many classes before they are added up: fewer roundings in a row.
 constexpr int64_t kBlock = 4096;
 constexpr int kFewVectors = 32;   // up to here it does not pay to look for maxima in pieces
@@ -31,7 +33,8 @@ struct Loss {
     const int exits, rows;
     const int64_t classes;
     Real row_factor, scale, inverse_t;  // r of the divergences, and s
-    bool divergent, gradient, general, stored;
+    Rate<Real> rate;
+    bool divergent, gradient, general, stored, streams;
     Powers power;
     int64_t stride, window, samples;  // samples: worked on together
     SweepFunction<Real> student;
@@ -44,7 +47,8 @@ struct Loss {
           targets(c, f, batch),
           exits(c.exits),
           rows(c.exits + c.teachers),
-          classes(c.classes) {
+          classes(c.classes),
+          rate(c.temperature) {
         const double squared = c.temperature_squared ? c.temperature * c.temperature : 1;
         row_factor = Real(batch.r(c, batch.rows));
         scale = Real(c.pair_scale * squared);
@@ -54,10 +58,12 @@ struct Loss {
         const bool direct = c.divergence == MSDKERN_FORWARD_KL || c.divergence == MSDKERN_SOFT_CE;
         general = !direct || !c.detach_teacher || c.pair_divergence;
         power = divergent ? powers(c.temperature) : Powers::kOne;
+        if (!divergent) rate = Rate<Real>();
         inverse_t = divergent ? Real(1 / c.temperature) : Real(1);
         stride = padded<Real>(classes);
+        streams = gradient && streamable();
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
-        stored = kept <= kRowSetBytes;
+        stored = kept <= (streams ? kRowSetBytesStreaming : kRowSetBytes);
         samples = most<int64_t>(1, stored ? least(kMostSamples, kGroupBytes / kept) : 1);
         window = least(stride, padded<Real>(stored && kDirect ? kBlock : kWindow));
         careful = two_sweeps = find_pair_sweeps<Real>(c.divergence);
@@ -75,14 +81,24 @@ struct Loss {
             if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
             samples = 1;  // those that must go row by row
         }
+        bool plain = !targets.dense && !streams;
+        for (int k = 0; k < exits; ++k) plain &= c.gradient[k] != nullptr;
         if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits) {
-            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits)) student = unrolled;
-            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits);
+            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits, plain))
+                student = unrolled;
+            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits, plain);
             if (lane_student && unrolled) lane_student = unrolled;
         }
     }
 
-    int arrays() const { return power == Powers::kNone ? 3 : 2; }
+    // Whole vectors at their places, and more of them than fit a cache.
+    bool streamable() const {
+        bool whole = kDirect && classes % W == 0;
+        for (int k = 0; k < exits; ++k)
+            whole &= reinterpret_cast<uintptr_t>(call.gradient[k]) % kBytes == 0;
+        return whole && exits * call.rows * classes * int64_t(sizeof(S)) > kCacheBytes;
+    }
+    int arrays() const { return power == Powers::kNone ? 2 : 1; }
     const S *row_of(int r, int64_t n) const {
         return static_cast<const S *>(call.logits[r]) + n * call.stride[r];
     }
@@ -92,84 +108,110 @@ struct Loss {
     static Real *real(void *p) { return static_cast<Real *>(p); }
     static const Real *real(const void *p) { return static_cast<const Real *>(p); }
 
-    // Scratch of one thread: exponentials [samples][rows][arrays][kept], gradients [exits][window]
-    // that are yet to be converted, the mass of a dense target [stride], W [exits][rows], D
-    // [exits][rows], and the group's scalars.
+    // Scratch of one thread: exponentials [samples][rows][arrays][kept], logits [rows][window]
+    // where the sweeps cannot read the caller's, gradients [exits][window] that are yet to be
+    // converted, the mass of a dense target [stride], W [exits][rows], D [exits][rows], and of each
+    // row of a group its scalars and two vectors to be folded.
     int64_t kept_classes() const { return stored ? stride : window; }
     int64_t kept_sample() const { return rows * arrays() * kept_classes(); }
     int64_t matrix() const { return (exits * rows / 16 + 1) * 16; }
     int64_t converted() const { return kDirect ? 0 : exits * window; }
     int64_t mass() const { return targets.dense ? stride : 0; }
+    int64_t folded() const { return (samples * rows + W - 1) / W * W * W; }
     size_t scratch_reals() const {
-        return size_t(samples * kept_sample() + converted() + mass() + 2 * matrix());
+        return size_t(samples * kept_sample() + rows * window + converted() + mass() +
+                      2 * matrix() + 2 * folded());
     }
     size_t scratch_bytes() const {
         return scratch_reals() * sizeof(Real) + Group<Real>::bytes(samples * rows);
     }
 
     struct Scratch {
-        Real *kept, *gradient, *mass, *weight, *matrix;
+        Real *kept, *logits, *gradient, *mass, *weight, *matrix;
+        V *fold_t, *fold_one;
         Group<Real> group;
     };
     Scratch scratch(void *memory) const {
         Real *const kept = static_cast<Real *>(memory);
-        Real *const gradients = kept + samples * kept_sample();
+        Real *const logits = kept + samples * kept_sample();
+        Real *const gradients = logits + rows * window;
         Real *const u = gradients + converted(), *const weight = u + mass();
+        Real *const matrices = weight + matrix(), *const vectors = matrices + matrix();
         return {kept,
+                logits,
                 gradients,
                 u,
                 weight,
-                weight + matrix(),
+                matrices,
+                reinterpret_cast<V *>(vectors),
+                reinterpret_cast<V *>(vectors + folded()),
                 Group<Real>(kept + scratch_reals(), samples * rows, rows, 1)};
     }
     RowStore<Real> store_of(const Scratch &scratch, int sample, int r) const {
         Real *at = scratch.kept + sample * kept_sample() + r * arrays() * kept_classes();
-        RowStore<Real> result = {at, at + kept_classes(), at + kept_classes()};
-        if (arrays() == 3) result.one = at + 2 * kept_classes();
-        return result;
+        return {at, at + (arrays() - 1) * kept_classes()};
     }
 
-    Top<Real> top_of(const S *row, const S *next) const {
-        return classes < kFewVectors * W ? row_top<1>(row, classes, next)
-                                         : row_top<4>(row, classes, next);
-    }
-    // Maxima, exponentials and their sums of the rows of sample n.
-    void softmaxes(int64_t n, int sample, const Scratch &scratch) const {
+    // Maxima, exponentials and their sums of the rows of `count` samples, and their logarithms.
+    void softmaxes(int64_t first, int count, const Scratch &scratch) const {
         const Group<Real> &g = scratch.group;
-        const int first = g.at(sample, 0);
-        for (int r = 0; r < rows; ++r) {
-            const S *next = row_of(r, n + (n + 1 < call.rows));
-            const Top<Real> top = top_of(row_of(r, n), next);
-            g.maximum[first + r] = top.maximum;
-            g.argmax[first + r] = top.argmax;
+        tops(first, count, scratch);
+        with_power(power, [&](auto p) __attribute__((always_inline)) {
+            for (int i = 0; i < count; ++i)
+                for (int r = 0; r < rows; ++r) {
+                    const int at = g.at(i, r);
+                    const RowSums<V> sums = exponentials_of<decltype(p)::value>(
+                        row_of(r, first + i), g.maximum[at], store_of(scratch, i, r));
+                    scratch.fold_t[at] = sums.at_t;
+                    scratch.fold_one[at] = sums.at_one;
+                }
+        });
+        fold_rows(scratch.fold_t, count * rows, Add(), g.sum_t);
+        fold_rows(scratch.fold_one, count * rows, Add(), g.sum_one);
+        if (divergent) normalize_at_t(g, count, rows, exits);
+        normalize_at_one(g, count * rows);
+    }
+    void tops(int64_t first, int count, const Scratch &scratch) const {
+        const Group<Real> &g = scratch.group;
+        const int all = count * rows;
+        if (classes < kFewVectors * W) {
+            for (int i = 0; i < all; i += W)
+                short_row_tops<S>(
+                    least(W, all - i), classes,
+                    [&](int j) { return row_of((i + j) % rows, first + (i + j) / rows); },
+                    g.maximum + i, g.argmax + i);
+            return;
         }
-        for (int r = 0; r < rows; ++r) {
-            const RowSums<Real> sums =
-                exponentials_of(row_of(r, n), g.maximum[first + r], store_of(scratch, sample, r));
-            g.sum_t[first + r] = sums.at_t;
-            g.sum_one[first + r] = sums.at_one;
-        }
+        for (int i = 0; i < count; ++i)
+            for (int r = 0; r < rows; ++r) {
+                const int64_t n = first + i;
+                const Top<Real> top = row_top<4>(row_of(r, n), classes);
+                g.maximum[g.at(i, r)] = top.maximum;
+                g.argmax[g.at(i, r)] = top.argmax;
+            }
     }
 
-    RowSums<Real> exponentials_of(const S *row, Real m, RowStore<Real> out) const {
-        RowSums<Real> total = {0, 0};
+    template <Powers P>
+    INLINE_MEMBER RowSums<V> exponentials_of(const S *row, Real m, RowStore<Real> out) const {
+        RowSums<V> total = {V{}, V{}};
         for (int64_t begin = 0; begin < classes; begin += kBlock) {
             const int64_t count = least(kBlock, classes - begin);
-            const RowSums<Real> sums =
-                stored ? exponentials<true>(power, row + begin, count, m, inverse_t, out + begin)
-                       : exponentials<false>(power, row + begin, count, m, inverse_t, out);
+            const RowSums<V> sums =
+                stored ? exponentials<P, true>(row + begin, count, m, rate, out + begin)
+                       : exponentials<P, false>(row + begin, count, m, rate, out);
             total.at_t += sums.at_t;
             total.at_one += sums.at_one;
         }
         return total;
     }
 
-    static const bool kDirect = sizeof(S) == sizeof(Real);  // gradients need no conversion
+    static const bool kDirect = sizeof(S) == sizeof(Real);  // nothing needs conversion
 
     // Sample n, the `index`th of its group, whose rows begin at `first` in the group's arrays.
     struct Sample {
         int64_t n;
         int index, first;
+        bool copied;  // the sweeps read whole vectors of logits, or another dtype
         const Scratch &scratch;
         Sweep<Real> &s;
     };
@@ -181,7 +223,8 @@ struct Loss {
         for (int64_t begin = (classes - 1) / window * window; begin >= 0; begin -= window) {
             const int64_t count = least(window, classes - begin);
             if (!stored) refill(x, begin, count);
-            if (window < classes) aim(x, begin);
+            if (x.copied) copy_logits(x, begin, count);
+            aim(x, begin);
             for (int k = 0; k < exits; ++k) {
                 s.out[k] = nullptr;
                 if (!writes || !call.gradient[k]) continue;
@@ -193,10 +236,19 @@ struct Loss {
         }
     }
     void refill(const Sample &x, int64_t begin, int64_t count) const {
+        with_power(power, [&](auto p) __attribute__((always_inline)) {
+            for (int r = 0; r < rows; ++r)
+                exponentials<decltype(p)::value, true>(row_of(r, x.n) + begin, count,
+                                                       x.scratch.group.maximum[x.first + r], rate,
+                                                       store_of(x.scratch, x.index, r));
+        });
+    }
+    void copy_logits(const Sample &x, int64_t begin, int64_t count) const {
         for (int r = 0; r < rows; ++r)
-            exponentials<true>(power, row_of(r, x.n) + begin, count,
-                               x.scratch.group.maximum[x.first + r], inverse_t,
-                               store_of(x.scratch, x.index, r));
+            for_vectors(row_of(r, x.n) + begin, count, Real(0),
+                        [&](int64_t c, V z) __attribute__((always_inline)) {
+                            store(x.scratch.logits + r * window + c, z);
+                        });
     }
     // Points the sweep at the classes from `begin` on.
     void aim(const Sample &x, int64_t begin) const {
@@ -204,16 +256,17 @@ struct Loss {
         const int64_t at = stored ? begin : 0;
         for (int r = 0; r < rows; ++r) {
             const RowStore<Real> kept = store_of(x.scratch, x.index, r);
-            s.x[r] = kept.x + at;
+            s.z[r] = x.copied ? x.scratch.logits + r * window : direct(row_of(r, x.n)) + begin;
             s.e[r] = kept.e + at;
-            if (r < exits) s.one[r] = kept.one + at;
+            if (r < exits) s.one[r] = kept.one + at;  // e itself where powers of it serve
         }
         s.mass = targets.dense ? x.scratch.mass + begin : nullptr;
     }
     static Real *direct(Real *p) { return p; }
+    static const Real *direct(const Real *p) { return p; }
     template <class Other>
     static Real *direct(Other *) {
-        return nullptr;  // another dtype is never written directly
+        return nullptr;  // another dtype is never read or written directly
     }
     // The label's share is subtracted in Real, before rounding to the storage dtype.
     void flush(const Sample &x, int64_t begin, int64_t count) const {
@@ -242,11 +295,10 @@ struct Loss {
     void group(int64_t first, int64_t last, const Scratch &scratch, Sweep<Real> &s,
                Partial *partial) const {
         const int count = int(last - first);
-        for (int i = 0; i < count; ++i) softmaxes(first + i, i, scratch);
-        if (divergent) normalize_at_t(scratch.group, count, rows, exits);
-        normalize_at_one(scratch.group, count * rows);
+        softmaxes(first, count, scratch);
+        const bool copied = !kDirect || (divergent && general);
         for (int i = 0; i < count; ++i) {
-            const Sample x = {first + i, i, scratch.group.at(i, 0), scratch, s};
+            const Sample x = {first + i, i, scratch.group.at(i, 0), copied, scratch, s};
             if (form == Form::kScalar) predictions(scratch.group, i, x.n);
             if (targets.ignored(x.n))
                 leave_out(x.n);
@@ -257,11 +309,7 @@ struct Loss {
     void sample(const Sample &x, Partial *partial) const {
         Sweep<Real> &s = x.s;
         const Group<Real> &g = x.scratch.group;
-        s.log_t = g.log_t + x.first;
-        s.inverse_t = g.inverse_t + x.first;
-        s.gap = g.gap + x.first;
-        s.slack = g.slack + x.first;
-        aim(x, 0);
+        take_rows(g, x.first, 1, s);
         Real ce[MSDKERN_MAX_EXITS];
         Real *const u = x.scratch.mass;
         const Real total = targets.mass(x.n, u, stride);
@@ -329,7 +377,7 @@ struct Loss {
             run(student, x, gradient);
             if (divergent && not_finite(s)) {
                 clear(s);
-                run(careful.values, x, false);
+                run(careful.values, {x.n, x.index, x.first, true, x.scratch, s}, false);
             }
         }
         if (divergent) correct_values(s, call.divergence);
@@ -370,11 +418,11 @@ struct Loss {
             return;
         }
         const Scratch s = scratch(memory);
-        Sweep<Real> sweep;
+        Sweep<Real> sweep(power);
         sweep.exits = exits;
         sweep.rows = rows;
         sweep.pairs = call.pairs;
-        sweep.power = power;
+        sweep.streams = streams;
         sweep.inverse_temperature = inverse_t;
         sweep.weight = s.weight;
         sweep.matrix = call.pair_divergence ? s.matrix : nullptr;
@@ -386,6 +434,7 @@ struct Loss {
         else
             for (int64_t n = first; n < last; n += samples)
                 group(n, least(last, n + samples), s, sweep, partial);
+        if (streams) end_streams();
         arena().trim();
     }
     mutable int failed = 0;

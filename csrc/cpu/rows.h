@@ -4,9 +4,9 @@
 
 #include <stdlib.h>
 
-#include "simd.h"
+#include "functions.h"
 
-#include "../math.h"  // after simd.h, which provides its weigh() and logarithm()
+#include "../math.h"  // after functions.h: it needs weigh() and logarithm()
 
 namespace MSDKERN_NAMESPACE {
 
@@ -93,6 +93,17 @@ INLINE int64_t apart(int64_t size) {
     return (size - step + page - 1) / page * page + step;
 }
 
+// What `op` makes of the lanes of each of n vectors; they are overwritten, up to whole vectors of
+// vectors.
+template <class Real, class Op>
+INLINE void fold_rows(VecOf<Real> *rows, int n, Op op, Real *out) {
+    const int W = kLanes<Real>;
+    for (int i = 0; i < n; i += W) {
+        const VecOf<Real> folded = fold(rows + i, op);
+        i + W <= n ? store(out + i, folded) : store_partial(out + i, n - i, folded);
+    }
+}
+
 // f(offset, load) over whole vectors, then over the remainder filled up with `fill`.
 template <class S, class F>
 INLINE void for_vectors(const S *row, int64_t classes, typename Kind<S>::Real fill, F f) {
@@ -102,8 +113,9 @@ INLINE void for_vectors(const S *row, int64_t classes, typename Kind<S>::Real fi
     if (c < classes) f(c, load_partial(row + c, int(classes - c), fill));
 }
 
+// The largest logits of a row, lane by lane; NaN is passed over.
 template <class S>
-INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes) {
+INLINE VecOf<typename Kind<S>::Real> row_maxima(const S *row, int64_t classes) {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
@@ -118,7 +130,11 @@ INLINE typename Kind<S>::Real row_maximum(const S *row, int64_t classes) {
     }
     for_vectors(row + c, classes - c, Real(-__builtin_inf()),
                 [&](int64_t, V z) __attribute__((always_inline)) { m0 = maximum(z, m0); });
-    return largest<Real>(maximum(maximum(m0, m1), maximum(m2, m3)));
+    return maximum(maximum(m0, m1), maximum(m2, m3));
+}
+template <class S, class Real = typename Kind<S>::Real>
+INLINE Real row_maximum(const S *row, int64_t classes) {
+    return largest<Real>(row_maxima(row, classes));
 }
 
 // The first class for which test(z) holds, or `classes`.
@@ -162,8 +178,7 @@ static int64_t row_argmax(const S *row, int64_t classes, Real m) {
 }
 
 // The largest logit and its lowest class in one pass; NaN is passed over, and where there is no
-// other value the class is 0. `next` is read soon: rows of one exit lie far apart, and prefetchers
-// stop at page boundaries.
+// other value the class is 0.
 template <class Real>
 struct Top {
     Real maximum;
@@ -172,7 +187,7 @@ struct Top {
 // P vectors make a piece of the row whose place is noted: more cost less on the way, and more to
 // find the class in the end.
 template <int P, class S>
-INLINE Top<typename Kind<S>::Real> row_top(const S *row, int64_t classes, const S *next) {
+INLINE Top<typename Kind<S>::Real> row_top(const S *row, int64_t classes) {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
     typedef typename Vector<Real>::Int I;
@@ -187,8 +202,6 @@ INLINE Top<typename Kind<S>::Real> row_top(const S *row, int64_t classes, const 
     };
     int64_t c = 0;
     for (; c + kPiece <= classes; c += kPiece) {
-        for (int i = 0; i < kPiece * int(sizeof(S)); i += 64)
-            __builtin_prefetch(reinterpret_cast<const char *>(next + c) + i);
         V z = load(row + c);
         for (int v = 1; v < P; ++v) z = maximum(load(row + c + v * W), z);
         add(z, kPiece);
@@ -214,8 +227,34 @@ INLINE Top<typename Kind<S>::Real> row_top(const S *row, int64_t classes, const 
     return {m, hits ? first + __builtin_ctzll(hits) : 0};
 }
 
+// The same of W rows of few classes at once, without branches: row_of(i) is the i-th of n.
+template <class S, class Real, class RowOf>
+INLINE void short_row_tops(int n, int64_t classes, RowOf row_of, Real *maxima, int64_t *argmax) {
+    typedef VecOf<Real> V;
+    const int W = kLanes<Real>;
+    const Real lowest = Real(-__builtin_inf());
+    V best[W], place[W], folded[W];
+    for (int i = 0; i < n; ++i) {
+        V m = splat(lowest), at = V{}, here = lane_numbers<Real>();
+        for_vectors(row_of(i), classes, lowest, [&](int64_t, V z) __attribute__((always_inline)) {
+            at = z > m ? here : at;
+            m = maximum(z, m);
+            here += Real(W);
+        });
+        best[i] = folded[i] = m;
+        place[i] = at;
+    }
+    fold_rows(folded, n, Largest(), maxima);
+    const V nowhere = splat(Real(classes));
+    for (int i = 0; i < n; ++i) place[i] = best[i] == maxima[i] ? place[i] : nowhere;
+    Real classes_of[W];
+    fold_rows(place, n, Smallest(), classes_of);
+    for (int i = 0; i < n; ++i)
+        argmax[i] = classes_of[i] < Real(classes) ? int64_t(classes_of[i]) : 0;
+}
+
 // How the exponentials at T = 1 follow from those at T: e^(z - m) = (e^((z - m) / T))^T.
-enum class Powers { kOne = 1, kTwo = 2, kThree = 3, kFour = 4, kNone = 0 };
+enum class Powers { kNone = 0, kOne = 1, kTwo = 2, kThree = 3, kFour = 4 };
 
 INLINE Powers powers(double temperature) {
     return temperature == 1 || temperature == 2 || temperature == 3 || temperature == 4
@@ -223,25 +262,48 @@ INLINE Powers powers(double temperature) {
                : Powers::kNone;
 }
 
-// e(z - m) = e^T from e = exp((z - m) / T).
+// e(z - m) = e^T from e = exp((z - m) / T); where it is no such power, what was given.
 template <class V>
 INLINE V raised(Powers p, V e) {
-    if (p == Powers::kOne) return e;
+    if (p == Powers::kOne || p == Powers::kNone) return e;
     const V squared = e * e;
     if (p == Powers::kTwo) return squared;
     return squared * (p == Powers::kThree ? e : squared);
 }
 
+template <Powers P>
+struct Power {
+    static constexpr Powers value = P;
+    INLINE_MEMBER constexpr operator Powers() const { return P; }
+};
+
+// f(the same as a constant of the compiler).
+template <class F>
+INLINE void with_power(Powers p, F f) {
+    switch (p) {
+        case Powers::kOne:
+            return f(Power<Powers::kOne>());
+        case Powers::kTwo:
+            return f(Power<Powers::kTwo>());
+        case Powers::kThree:
+            return f(Power<Powers::kThree>());
+        case Powers::kFour:
+            return f(Power<Powers::kFour>());
+        default:
+            return f(Power<Powers::kNone>());
+    }
+}
+
 // Where the exponentials of a row are kept; `one` only where they are no powers of e.
 template <class Real>
 struct RowStore {
-    Real *x, *e, *one;  // (z - m) / T, exp of it, exp(z - m)
-    RowStore operator+(int64_t classes) const { return {x + classes, e + classes, one + classes}; }
+    Real *e, *one;  // exp((z - m) / T), exp(z - m)
+    RowStore operator+(int64_t classes) const { return {e + classes, one + classes}; }
 };
 
-template <class Num>
+template <class V>
 struct RowSums {
-    Num at_t, at_one;  // sums of exponentials
+    V at_t, at_one;  // sums of exponentials, lane by lane
 };
 
 // What a sum over vectors of classes comes to for each sample: a number; or the vector itself,
@@ -254,20 +316,17 @@ INLINE V per_sample(V v, V) {
 }
 
 // One sweep over a row: exponentials stored where asked for, their sums returned. The padding up
-// to a whole vector is x = 0 and e = 0, so that it adds nothing anywhere.
+// to a whole vector is 0 and adds nothing anywhere.
 template <Powers P, bool Store, class S, class Num, class Real>
-INLINE RowSums<Num> exponentials(const S *row, int64_t classes, Num m, Real inverse_t,
-                                 RowStore<Real> out) {
+INLINE RowSums<VecOf<Real>> exponentials(const S *row, int64_t classes, Num m, Rate<Real> rate,
+                                         RowStore<Real> out) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
     V t0 = V{}, t1 = V{}, o0 = V{}, o1 = V{};
     auto one = [&](int64_t c, V z, V &t, V &o) __attribute__((always_inline)) {
-        const V gap = z - m;
-        const V x = P == Powers::kOne ? gap : gap * inverse_t;
-        const V e = exponential(x);
-        const V p = P == Powers::kNone ? exponential(gap) : raised(P, e);
+        const V e = exponential(z - m, rate);
+        const V p = P == Powers::kNone ? exponential(z - m) : raised(P, e);
         if (Store) {
-            store(out.x + c, x);
             store(out.e + c, e);
             if (P == Powers::kNone) store(out.one + c, p);
         }
@@ -283,33 +342,9 @@ INLINE RowSums<Num> exponentials(const S *row, int64_t classes, Num m, Real inve
         one(c, load(row + c), t0, o0);
         c += W;
     }
-    if (c < classes) {
-        const int n = int(classes - c);
-        one(c, load_partial(row + c, n, Real(-__builtin_inf())), t1, o1);
-        const V x = (load_partial(row + c, n, Real(0)) - m) * inverse_t;
-        if (Store) store(out.x + c, first_lanes<Real>(n) ? x : V{});
-    }
-    RowSums<Num> sums;
-    sums.at_t = per_sample(t0 + t1, Num());
-    sums.at_one = P == Powers::kOne ? sums.at_t : per_sample(o0 + o1, Num());
-    return sums;
-}
-
-template <bool Store, class S, class Num, class Real>
-static RowSums<Num> exponentials(Powers p, const S *row, int64_t classes, Num m, Real inverse_t,
-                                 RowStore<Real> out) {
-    switch (p) {
-        case Powers::kOne:
-            return exponentials<Powers::kOne, Store>(row, classes, m, inverse_t, out);
-        case Powers::kTwo:
-            return exponentials<Powers::kTwo, Store>(row, classes, m, inverse_t, out);
-        case Powers::kThree:
-            return exponentials<Powers::kThree, Store>(row, classes, m, inverse_t, out);
-        case Powers::kFour:
-            return exponentials<Powers::kFour, Store>(row, classes, m, inverse_t, out);
-        default:
-            return exponentials<Powers::kNone, Store>(row, classes, m, inverse_t, out);
-    }
+    if (c < classes)
+        one(c, load_partial(row + c, int(classes - c), Real(-__builtin_inf())), t1, o1);
+    return {t0 + t1, P == Powers::kOne ? t0 + t1 : o0 + o1};
 }
 
 // logarithm() of n values in place.

@@ -77,15 +77,19 @@ constexpr int kLanes = kBytes / int(sizeof(Real));
 INLINE VecF splat(float x) { return x - VecF{}; }
 INLINE VecD splat(double x) { return x - VecD{}; }
 
+// Anywhere, whatever lies there. (memcpy would do, but GCC 12 sends some such vectors through the
+// stack.)
+template <class V>
+struct __attribute__((packed, may_alias)) Anywhere {
+    V v;
+};
 template <class V, class T>
 INLINE V read(const T *p) {
-    V v;
-    memcpy(&v, p, sizeof v);
-    return v;
+    return reinterpret_cast<const Anywhere<V> *>(p)->v;
 }
 template <class V, class T>
 INLINE void write(T *p, V v) {
-    memcpy(p, &v, sizeof v);
+    reinterpret_cast<Anywhere<V> *>(p)->v = v;
 }
 
 // Loads and stores, converting from and to the storage type. --------------------------------
@@ -136,6 +140,24 @@ INLINE void store(half *p, VecF v) {
     write(p, __builtin_convertvector(h | sign, HalfF));
 }
 #endif
+
+// Past the caches where that is possible; to an address of whole vectors.
+INLINE void stream(float *p, VecF v) {
+#if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__) && !defined(MSDKERN_VECTOR_BYTES)
+    _mm256_stream_ps(p, (__m256)v);
+#else
+    store(p, v);
+#endif
+}
+INLINE void stream(double *p, VecD v) { stream(reinterpret_cast<float *>(p), (VecF)v); }
+// What was streamed is seen by other threads before anything stored later.
+INLINE void end_streams() {
+#if defined(__AVX__) && !defined(MSDKERN_VECTOR_BYTES)
+    _mm_sfence();
+#endif
+}
 
 // The first n lanes (1 <= n <= lanes); the others are `fill`. Nothing beyond p[n - 1] is read or
 // written.
@@ -318,6 +340,19 @@ INLINE void interleave(V a, V b, V &low, V &high) {
     }
 }
 
+// Row by row what `op` makes of its lanes: as many vectors in, one number per row and lane out.
+// Half of the vectors take the place of two at a time.
+template <class V, class Op>
+INLINE V fold(V *v, Op op) {
+    constexpr int n = int(sizeof(V) / sizeof(v[0][0]));
+    UNROLL for (int half = n / 2; half >= 1; half /= 2) UNROLL for (int i = 0; i < half; ++i) {
+        V low, high;
+        interleave(v[i], v[i + half], low, high);
+        v[i] = op(low, high);
+    }
+    return v[0];
+}
+
 // The rows v[0], v[1], ... become columns: log2(n) perfect shuffles.
 template <class V>
 INLINE void transpose(V *v) {
@@ -389,88 +424,6 @@ template <class I>
 INLINE int first_lane(I hit) {
     const unsigned lanes = lanes_of(hit);
     return lanes ? __builtin_ctz(lanes) : -1;
-}
-
-// exp(x) for x <= 0, exactly 1 at 0 and exactly 0 below the smallest normal; NaN for NaN. -----
-
-INLINE VecF exponential(VecF x) {
-    // 1.5 * 2^23 + 127: the low bits of t hold round(x / ln 2) with the exponent's bias.
-    const float shift = 12583039.0f;
-    const VecF t = x * 1.44269504088896341f + shift;
-    const VecF n = t - shift;
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    const VecF r = x - n * 0.69314718055994531f;  // fused; ln 2 in one part costs 2e-9 |n|
-#else
-    const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // the first product is exact
-#endif
-    // 1 + r + r^2 p(r) on [-ln 2 / 2, ln 2 / 2]; p minimises the relative error, 3e-9.
-    VecF p = splat(1.3814540e-3f);
-    p = p * r + 8.3687454e-3f;
-    p = p * r + 4.1668388e-2f;
-    p = p * r + 1.6666521e-1f;
-    p = p * r + 4.9999994e-1f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const VecF power = (VecF)((IntF)t << 23);
-    return x < -87.33654f ? VecF{} : p * power;
-}
-
-INLINE VecD exponential(VecD x) {
-    const double shift = 6755399441055744.0;  // 1.5 * 2^52
-    VecD t = x * 1.44269504088896340736 + shift;
-    VecD n = t - shift;
-    VecD r = x - n * 6.93145751953125e-1;
-    r = r - n * 1.42860682030941723212e-6;
-    VecD p = splat(1.0 / 6227020800.0);  // Taylor to degree 13: 4e-18 at ln 2 / 2
-    p = p * r + 1.0 / 479001600.0;
-    p = p * r + 1.0 / 39916800.0;
-    p = p * r + 1.0 / 3628800.0;
-    p = p * r + 1.0 / 362880.0;
-    p = p * r + 1.0 / 40320.0;
-    p = p * r + 1.0 / 5040.0;
-    p = p * r + 1.0 / 720.0;
-    p = p * r + 1.0 / 120.0;
-    p = p * r + 1.0 / 24.0;
-    p = p * r + 1.0 / 6.0;
-    p = p * r + 0.5;
-    VecD y = (p * (r * r) + r) + 1.0;
-    VecD power = (VecD)(((IntD)t << 52) + 0x3ff0000000000000);
-    return x < -708.39641853226408 ? VecD{} : y * power;
-}
-
-// log(x) for positive normal x; NaN for NaN. log m = 2 artanh((m - 1) / (m + 1)). -------------
-
-INLINE VecF logarithm(VecF x) {
-    IntF e = ((IntF)x - 0x3f3504f3) >> 23;  // so that m lies in [sqrt(1/2), sqrt(2))
-    VecF m = (VecF)((IntF)x - (e << 23));
-    VecF n = __builtin_convertvector(e, VecF);
-    VecF s = (m - 1.0f) / (m + 1.0f), w = s * s;
-    VecF p = splat(2.0f / 9.0f);
-    p = p * w + 2.0f / 7.0f;
-    p = p * w + 2.0f / 5.0f;
-    p = p * w + 2.0f / 3.0f;
-    VecF y = n * 0.693359375f + (s * 2.0f + (s * (p * w) - n * 2.12194440e-4f));
-    return x == x ? (x > 3.4e38f ? x : y) : x;
-}
-
-INLINE VecD logarithm(VecD x) {
-    IntD e = ((IntD)x - 0x3fe6a09e667f3bcd) >> 52;
-    VecD m = (VecD)((IntD)x - (e << 52));
-    VecD n = __builtin_convertvector(e, VecD);
-    VecD s = (m - 1.0) / (m + 1.0), w = s * s;
-    VecD p = splat(2.0 / 23.0);
-    p = p * w + 2.0 / 21.0;
-    p = p * w + 2.0 / 19.0;
-    p = p * w + 2.0 / 17.0;
-    p = p * w + 2.0 / 15.0;
-    p = p * w + 2.0 / 13.0;
-    p = p * w + 2.0 / 11.0;
-    p = p * w + 2.0 / 9.0;
-    p = p * w + 2.0 / 7.0;
-    p = p * w + 2.0 / 5.0;
-    p = p * w + 2.0 / 3.0;
-    VecD y = n * 6.93145751953125e-1 + (s * 2.0 + (s * (p * w) + n * 1.42860682030941723212e-6));
-    return x == x ? (x > 1.7e308 ? x : y) : x;
 }
 
 }  // namespace MSDKERN_NAMESPACE

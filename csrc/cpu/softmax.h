@@ -26,15 +26,16 @@ INLINE void map_row(const S *const (&inputs)[kInputs], S *output, int64_t classe
 }
 
 template <class S>
-static void softmax_row(const S *row, S *output, int64_t classes, typename Kind<S>::Real inverse_t,
-                        bool log) {
+static void softmax_row(const S *row, S *output, int64_t classes, double temperature, bool log) {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
+    const Rate<Real> rate(temperature);
+    const Real inverse_t = Real(1 / temperature);
     const Real m = row_maximum(row, classes);
     V sums = V{};
     for_vectors(row, classes, Real(-__builtin_inf()),
                 [&](int64_t, V z)
-                    __attribute__((always_inline)) { sums += exponential((z - m) * inverse_t); });
+                    __attribute__((always_inline)) { sums += exponential(z - m, rate); });
     const Real total = sum<Real>(sums);
     const S *const inputs[1] = {row};
     if (log) {
@@ -46,7 +47,7 @@ static void softmax_row(const S *row, S *output, int64_t classes, typename Kind<
     } else {
         const Real inverse = 1 / total;
         map_row(inputs, output, classes, [&](const V *x) __attribute__((always_inline)) {
-            return exponential((x[0] - m) * inverse_t) * inverse;
+            return exponential(x[0] - m, rate) * inverse;
         });
     }
 }
@@ -89,7 +90,7 @@ static int run_softmax(const msdkern_softmax &call, bool backward) {
             const S *input = static_cast<const S *>(call.input[k]) + n * call.stride[k];
             S *output = static_cast<S *>(call.output[k]) + n * call.classes;
             if (!backward) {
-                softmax_row(input, output, call.classes, inverse_t, call.log != 0);
+                softmax_row(input, output, call.classes, call.temperature, call.log != 0);
                 continue;
             }
             const S *g = static_cast<const S *>(call.upstream[k]) + n * call.upstream_stride[k];

@@ -12,18 +12,22 @@ namespace MSDKERN_NAMESPACE {
 constexpr int kTile = 3;
 
 // One sample, seen through a window of its classes. Num is what is constant along a row: a number;
-// or a vector of them where the lanes are samples and each class is a vector (lanes.h).
+// or a vector of them where the lanes are samples and each class is a vector (lanes.h). The sweeps
+// read these numbers again for each vector of classes, broadcast from memory: were they local to a
+// sweep, the compiler would hold them as vectors, ten times what there are registers for.
 template <class Real, class Num = Real>
 struct Sweep {
     int exits, rows, pairs;  // rows: exits and external teachers
-    Powers power;
-    // Window: (z - m) / T, its exponential, and the exponential at T = 1.
-    const Real *x[MSDKERN_MAX_ROWS], *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
+    const Powers power;
+    // Window: logits z, e = exp((z - m) / T), and what exp(z - m) is raised from: e or itself.
+    const Real *z[MSDKERN_MAX_ROWS], *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
     const Real *mass;              // u, the target's mass on each class, or null
     Real *out[MSDKERN_MAX_EXITS];  // gradient, or null
-    // Whole row: l = x - log_t, q = e inverse_t; log_t less the deepest exit's, and what rounding
-    // does to a row's divergences (group.h).
-    const Num *log_t, *inverse_t, *gap, *slack;
+    bool streams;                  // past the caches
+    // Whole row: m, and with x = z - m, l = x / T - log_t, q = e inverse_t; log_t less the deepest
+    // exit's, and what rounding does to a row's divergences (group.h).
+    Num maximum[MSDKERN_MAX_ROWS], log_t[MSDKERN_MAX_ROWS], inverse_t[MSDKERN_MAX_ROWS];
+    Num gap[MSDKERN_MAX_ROWS], slack[MSDKERN_MAX_ROWS];
     // Gradient of the cross entropy: p_scale * one - mass_scale * u.
     Num p_scale[MSDKERN_MAX_EXITS], mass_scale[MSDKERN_MAX_EXITS];
     // Divergence of student i: share[i] times a sum over teachers whose weights sum to n[i].
@@ -36,23 +40,41 @@ struct Sweep {
     bool detach;
     Real beta;
     Num total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
+    explicit Sweep(Powers p) : power(p) {}
 };
 
-// q of row r at offset c, and d = l less the l of another row, the reference. The difference of x
-// is formed first: it is exact, or nearly, where exits agree.
-template <class Real, class V, class Num>
-INLINE V probability(const Sweep<Real, Num> &s, int r, int64_t c) {
-    return load(s.e[r] + c) * s.inverse_t[r];
+// A whole vector, or only its first `partial` lanes where that is not 0.
+template <class Real>
+INLINE VecOf<Real> load_some(const Real *from, int partial) {
+    return partial ? load_partial(from, partial, Real(0)) : load(from);
 }
-template <class Real, class V, class Num>
-INLINE V relative_log(const Sweep<Real, Num> &s, int r, int64_t c, V reference_x, Real gap) {
-    return (load(s.x[r] + c) - reference_x) - gap;
+template <class Real>
+INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
+    if (partial)
+        store_partial(to, partial, v);
+    else
+        store(to, v);
 }
 
-// exp(z - m) of exit i, e^T or kept.
-template <class Real, class V, class Num>
-INLINE V at_one(const Sweep<Real, Num> &s, int i, int64_t c) {
-    return s.power == Powers::kNone ? load(s.one[i] + c) : raised(s.power, load(s.e[i] + c));
+// q and x = z - m of row r at offset c, and d = l less the l of another row, the reference. The
+// difference of x is formed first: it is exact, or nearly, where exits agree.
+template <class V, class Source>
+INLINE V probability(const Source &s, int r, int64_t c) {
+    return load(s.e[r] + c) * s.inverse_t[r];
+}
+template <class V, class Source>
+INLINE V below_maximum(const Source &s, int r, int64_t c, int partial = 0) {
+    return load_some(s.z[r] + c, partial) - s.maximum[r];
+}
+template <class V, class Source, class Gap>
+INLINE V relative_log(const Source &s, V x, V reference, Gap gap) {
+    return (x - reference) * s.inverse_temperature - gap;
+}
+
+// exp(z - m) of exit i.
+template <class V, class Source>
+INLINE V at_one(const Source &s, Powers power, int i, int64_t c) {
+    return raised(power, load(s.one[i] + c));
 }
 
 // Takes what rounding does to the divergences out of them (group.h). W holds the weights, share
@@ -61,6 +83,13 @@ template <class Real, class Num>
 static void correct_values(Sweep<Real, Num> &s, int divergence) {
     if (divergence != MSDKERN_FORWARD_KL && divergence != MSDKERN_REVERSE_KL) return;
     const Real sign = divergence == MSDKERN_FORWARD_KL ? Real(1) : Real(-1);
+    if (s.pairs == MSDKERN_PAIRS_MUTUAL && !s.matrix) {
+        Num total = s.slack[0];
+        for (int j = 1; j < s.exits; ++j) total += s.slack[j];
+        for (int i = 0; i < s.exits; ++i)
+            s.value[i] -= (sign * s.share[i]) * (total - Real(s.exits) * s.slack[i]);
+        return;
+    }
     for (int i = 0; i < s.exits; ++i)
         for (int j = 0; j < s.rows; ++j) {
             const Num error = sign * (s.slack[j] - s.slack[i]);
@@ -77,17 +106,24 @@ template <class Real, int NV, int K>
 struct Tile {
     typedef VecOf<Real> V;
     V q[K ? K : MSDKERN_MAX_ROWS][NV], x[K ? K : MSDKERN_MAX_ROWS][NV];
-    template <class Num>
-    INLINE_MEMBER void read(const Sweep<Real, Num> &s, int rows, int64_t c) {
+    template <class Source>
+    INLINE_MEMBER void read(const Source &s, int rows, int64_t c, int partial) {
         UNROLL for (int r = 0; r < rows; ++r) for (int v = 0; v < NV; ++v) {
-            q[r][v] = probability<Real, V>(s, r, c + v * kLanes<Real>);
-            x[r][v] = load(s.x[r] + c + v * kLanes<Real>);
+            q[r][v] = probability<V>(s, r, c + v * kLanes<Real>);
+            x[r][v] = below_maximum<V>(s, r, c + v * kLanes<Real>, partial);
         }
     }
     // d of row r less row j's: 0 where they agree, and nearly exact where they almost do.
-    template <class Num>
-    INLINE_MEMBER V distance(int r, int j, int v, Num gap) const {
-        return (x[r][v] - x[j][v]) - gap;
+    template <class Source, class Gap>
+    INLINE_MEMBER V distance(const Source &s, int r, int j, int v, Gap gap) const {
+        return relative_log(s, x[r][v], x[j][v], gap);
+    }
+    // x becomes d, less the deepest exit's.
+    template <class Source>
+    INLINE_MEMBER void relate(const Source &s, int exits) {
+        UNROLL for (int k = 0; k < exits - 1; ++k) for (int v = 0; v < NV; ++v) x[k][v] =
+            distance(s, k, exits - 1, v, s.gap[k]);
+        for (int v = 0; v < NV; ++v) x[exits - 1][v] = V{};
     }
 };
 
@@ -104,12 +140,12 @@ struct Mixture {
     INLINE_MEMBER void clear() {
         for (int v = 0; v < NV; ++v) mass[v] = moment[v] = V{};
     }
-    template <class Sweep, class T>
-    INLINE_MEMBER void begin(const Sweep &, const T &, int) {
+    template <class Source, class T>
+    INLINE_MEMBER void begin(const Source &, const T &, int) {
         clear();
     }
-    template <class Sweep, class T>
-    INLINE_MEMBER void select(const Sweep &, const T &, int, int) {}
+    template <class Source, class T>
+    INLINE_MEMBER void select(const Source &, const T &, int, int) {}
     INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, mass[v]); }
     INLINE_MEMBER V value(int v, V gradient, V d) const {
         return forward_kl_value(gradient, d, mass[v], moment[v]);
@@ -128,8 +164,8 @@ struct Mutual : Mixture<Real, NV> {
     INLINE_MEMBER V gradient(int v, V q, V n) const {
         return forward_kl_gradient(q - deepest[v], n, excess[v]);
     }
-    template <class Sweep, class T>
-    INLINE_MEMBER void begin(const Sweep &s, const T &tile, int exits) {
+    template <class Source, class T>
+    INLINE_MEMBER void begin(const Source &s, const T &tile, int exits) {
         const int last = exits - 1;
         for (int v = 0; v < NV; ++v) {
             deepest[v] = tile.q[last][v];
@@ -137,7 +173,7 @@ struct Mutual : Mixture<Real, NV> {
         }
         UNROLL for (int k = 0; k < last; ++k) for (int v = 0; v < NV; ++v) {
             excess[v] += tile.q[k][v] - deepest[v];
-            this->moment[v] += tile.q[k][v] * tile.distance(k, last, v, s.gap[k]);
+            this->moment[v] += tile.q[k][v] * tile.x[k][v];  // related
         }
         for (int v = 0; v < NV; ++v) this->mass[v] = excess[v] + Real(exits) * deepest[v];
     }
@@ -179,8 +215,8 @@ template <class Real, int NV>
 struct Dense : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kAllRows = true;
-    template <class Sweep, class T>
-    INLINE_MEMBER void select(const Sweep &s, const T &tile, int rows, int i) {
+    template <class Source, class T>
+    INLINE_MEMBER void select(const Source &s, const T &tile, int rows, int i) {
         this->clear();
         UNROLL for (int r = 0; r < rows; ++r) {
             const Real w = s.weight[i * rows + r];
@@ -189,63 +225,69 @@ struct Dense : Mixture<Real, NV> {
             for (int v = 0; v < NV; ++v) {
                 const V share = tile.q[r][v] * w;
                 this->mass[v] += share;
-                this->moment[v] += share * tile.distance(r, i, v, gap);
+                this->moment[v] += share * tile.distance(s, r, i, v, gap);
             }
         }
     }
     INLINE_MEMBER V value(int v, V gradient, V) const { return this->moment[v] + gradient; }
 };
 
-// A whole vector, or only its first `partial` lanes where that is not 0.
-template <class Real>
-INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
-    if (partial)
-        store_partial(to, partial, v);
+// Which gradients are written: none; of all exits, for targets without mass on other classes than
+// the label's; or as the sweep says. What the sweep need not be asked the compiler need not keep at
+// hand.
+enum class Writes { kNone, kPlain, kAny };
+
+template <Writes kWrites, class Source, class V>
+INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V gradient,
+                           int partial) {
+    const bool any = kWrites == Writes::kAny;
+    if (kWrites == Writes::kNone || (any && !s.out[i])) return;
+    V g = gradient * s.pair_scale[i];
+    g += at_one<V>(s, power, i, at) * s.p_scale[i];
+    if (any && s.mass) g -= load(s.mass + at) * s.mass_scale[i];
+    if (any && s.streams && !partial)
+        stream(s.out[i] + at, g);
     else
-        store(to, v);
+        store_some(s.out[i] + at, g, partial);
 }
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
 // teachers, and the whole gradient. One sweep, O(K) but for Dense.
-template <template <class, int> class Mixer, bool kSoft, bool kGradient, int NV, int K, class Real,
+template <template <class, int> class Mixer, bool kSoft, Writes kWrites, int NV, int K, class Real,
           class Num>
-INLINE void student_tile(const Sweep<Real, Num> &s, int64_t c, VecOf<Real> *value,
+INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, VecOf<Real> *value,
                          int partial = 0) {
     typedef VecOf<Real> V;
     typedef Mixer<Real, NV> M;
     const int W = kLanes<Real>, exits = K ? K : s.exits, rows = K ? K : s.rows;
     Tile<Real, NV, K> tile;
-    tile.read(s, M::kAllRows ? rows : exits, c);
+    tile.read(s, M::kAllRows ? rows : exits, c, partial);
+    const bool related = !kSoft && !M::kChain && !M::kAllRows;
+    if (related) tile.relate(s, exits);
     M mixer;
     mixer.begin(s, tile, exits);
     UNROLL for (int i = exits - 1; i >= 0; --i) {
         mixer.select(s, tile, rows, i);
         const V n = splat(s.n[i]);
         const int reference = M::kChain && i + 1 < exits ? i + 1 : exits - 1;
-        const Num gap_i = s.gap[i] - s.gap[reference];
-        Real *const out = kGradient ? s.out[i] : nullptr;
-        V total = V{};
         for (int v = 0; v < NV; ++v) {
             const int64_t at = c + v * W;
-            const V q = tile.q[i][v], d = tile.distance(i, reference, v, gap_i);
+            const V q = tile.q[i][v];
+            const V d = related ? tile.x[i][v]
+                                : tile.distance(s, i, reference, v, s.gap[i] - s.gap[reference]);
             const V mass = mixer.mass[v], gradient = mixer.gradient(v, q, n);
             if (kSoft)
-                total -= (tile.x[i][v] - s.log_t[i]) * (M::kOwnShare ? mass - q : mass);
+                value[i] -= relative_log(s, tile.x[i][v], V{}, s.log_t[i]) *
+                            (M::kOwnShare ? mass - q : mass);
             else
-                total += mixer.value(v, gradient, d);
-            if (out) {
-                V g = gradient * s.pair_scale[i];
-                g += at_one<Real, V>(s, i, at) * s.p_scale[i];
-                if (s.mass) g -= load(s.mass + at) * s.mass_scale[i];
-                store_some(out + at, g, partial);
-            }
+                value[i] += mixer.value(v, gradient, d);
+            write_gradient<kWrites>(s, power, i, at, gradient, partial);
             if (M::kRemembers) mixer.passed(i == exits - 1, v, q, d);
         }
-        value[i] += total;
     }
 }
 
-template <class Real, class Num, template <class, int> class Mixer, bool kSoft, bool kGradient,
+template <class Real, class Num, template <class, int> class Mixer, bool kSoft, Writes kWrites,
           int K>
 static void student_sweep(Sweep<Real, Num> &s, int64_t classes) {
     typedef VecOf<Real> V;
@@ -253,11 +295,19 @@ static void student_sweep(Sweep<Real, Num> &s, int64_t classes) {
     V value[K ? K : MSDKERN_MAX_EXITS];
     const int exits = K ? K : s.exits;
     for (int i = 0; i < exits; ++i) value[i] = V{};
-    int64_t c = 0;
-    for (; c + NV * W <= classes; c += NV * W)
-        student_tile<Mixer, kSoft, kGradient, NV, K>(s, c, value);
-    for (; c + W <= classes; c += W) student_tile<Mixer, kSoft, kGradient, 1, K>(s, c, value);
-    if (c < classes) student_tile<Mixer, kSoft, kGradient, 1, K>(s, c, value, int(classes - c));
+    const auto tiles = [&](auto power) __attribute__((always_inline)) {
+        int64_t c = 0;
+        for (; c + NV * W <= classes; c += NV * W)
+            student_tile<Mixer, kSoft, kWrites, NV, K>(s, power, c, value);
+        for (; c + W <= classes; c += W)
+            student_tile<Mixer, kSoft, kWrites, 1, K>(s, power, c, value);
+        if (c < classes)
+            student_tile<Mixer, kSoft, kWrites, 1, K>(s, power, c, value, int(classes - c));
+    };
+    if constexpr (kWrites == Writes::kPlain)
+        with_power(s.power, tiles);
+    else
+        tiles(s.power);
     for (int i = 0; i < exits; ++i) s.value[i] += s.share[i] * per_sample(value[i], Num());
 }
 
@@ -267,12 +317,12 @@ using SweepFunction = void (*)(Sweep<Real, Num> &, int64_t);
 // [pairs][soft][gradient], any number of exits.
 template <class Real, class Num = Real>
 static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gradient) {
-#define ROW(M)                                            \
-    {                                                     \
-        {student_sweep<Real, Num, M, false, false, 0>,    \
-         student_sweep<Real, Num, M, false, true, 0>},    \
-            {student_sweep<Real, Num, M, true, false, 0>, \
-             student_sweep<Real, Num, M, true, true, 0>}, \
+#define ROW(M)                                                    \
+    {                                                             \
+        {student_sweep<Real, Num, M, false, Writes::kNone, 0>,    \
+         student_sweep<Real, Num, M, false, Writes::kAny, 0>},    \
+            {student_sweep<Real, Num, M, true, Writes::kNone, 0>, \
+             student_sweep<Real, Num, M, true, Writes::kAny, 0>}, \
     }
     static const SweepFunction<Real, Num> table[5][2][2] = {ROW(Mutual), ROW(Last), ROW(Deeper),
                                                             ROW(Next), ROW(Dense)};
@@ -283,20 +333,22 @@ static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gr
 // [exits - 2], few exits and no external teachers: forward KL of a float training step, unrolled
 // where that pays. Null where there is none.
 template <class Real, class Num>
-static SweepFunction<Real, Num> find_unrolled(int pairs, int exits) {
+static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) {
     if constexpr (sizeof(Real) == sizeof(float)) {
         constexpr int kMost = 8;
-#define ONE(M, K) student_sweep<Real, Num, M, false, true, K>
-#define ROW(M)                                                                          \
-    {                                                                                   \
-        ONE(M, 2), ONE(M, 3), ONE(M, 4), ONE(M, 5), ONE(M, 6), ONE(M, 7), ONE(M, kMost) \
+#define ONE(M, K, writes) student_sweep<Real, Num, M, false, Writes::writes, K>
+#define ROW(M, w)                                                                           \
+    {                                                                                       \
+        ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
+            ONE(M, kMost, w)                                                                \
     }
-        static const SweepFunction<Real, Num> mutual[kMost - 1] = ROW(Mutual),
-                                                             dense[kMost - 1] = ROW(Dense);
+        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, kAny),
+                                                                      ROW(Mutual, kPlain)},
+                                                                dense[kMost - 1] = ROW(Dense, kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
-        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[exits - 2];
+        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[plain][exits - 2];
         if (pairs == MSDKERN_PAIRS_DENSE) return dense[exits - 2];
     }
     return nullptr;
@@ -309,7 +361,7 @@ static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
     for (int i = 0; i < s.exits; ++i) {
         if (!s.out[i]) continue;
         for (int64_t c = 0; c < classes; c += W) {
-            VecOf<Real> g = at_one<Real, VecOf<Real>>(s, i, c) * s.p_scale[i];
+            VecOf<Real> g = at_one<VecOf<Real>>(s, s.power, i, c) * s.p_scale[i];
             if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
             store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }
