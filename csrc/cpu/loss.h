@@ -18,7 +18,7 @@ constexpr int64_t kRowSetBytes = 8 << 20, kRowSetBytesStreaming = 256 << 10;
 // Sums run over at most this many classes before they are added up: fewer roundings in a row.
 constexpr int64_t kBlock = 4096;
 constexpr int kFewVectors = 32;   // up to here it does not pay to look for maxima in pieces
-constexpr int64_t kWindow = 256;  // classes per step when they are recomputed or converted
+constexpr int64_t kWindow = 512;  // classes per step when they are recomputed or converted
 constexpr int64_t kGroupBytes = 16 << 10;  // of exponentials kept for samples worked on together
 
 template <class S>
@@ -81,12 +81,13 @@ struct Loss {
             if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
             samples = 1;  // those that must go row by row
         }
-        bool plain = !targets.dense && !streams;
-        for (int k = 0; k < exits; ++k) plain &= c.gradient[k] != nullptr;
+        Writes writes = streams ? Writes::kStream : Writes::kPlain;
+        for (int k = 0; k < exits; ++k)
+            if (targets.dense || !c.gradient[k]) writes = Writes::kAny;
         if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits) {
-            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits, plain))
+            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits, writes))
                 student = unrolled;
-            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits, plain);
+            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits, writes);
             if (lane_student && unrolled) lane_student = unrolled;
         }
     }
@@ -155,13 +156,22 @@ struct Loss {
     // Maxima, exponentials and their sums of the rows of `count` samples, and their logarithms.
     void softmaxes(int64_t first, int count, const Scratch &scratch) const {
         const Group<Real> &g = scratch.group;
-        tops(first, count, scratch);
+        if (stored) tops(first, count, scratch);
         with_power(power, [&](auto p) __attribute__((always_inline)) {
             for (int i = 0; i < count; ++i)
                 for (int r = 0; r < rows; ++r) {
                     const int at = g.at(i, r);
-                    const RowSums<V> sums = exponentials_of<decltype(p)::value>(
-                        row_of(r, first + i), g.maximum[at], store_of(scratch, i, r));
+                    const S *row = row_of(r, first + i);
+                    RowSums<V> sums;
+                    if (stored) {
+                        sums = kept_exponentials<decltype(p)::value>(row, g.maximum[at],
+                                                                     store_of(scratch, i, r));
+                    } else {
+                        Top<Real> top;
+                        sums = read_once<decltype(p)::value>(row, classes, rate, top);
+                        g.maximum[at] = top.maximum;
+                        g.argmax[at] = top.argmax;
+                    }
                     scratch.fold_t[at] = sums.at_t;
                     scratch.fold_one[at] = sums.at_one;
                 }
@@ -192,13 +202,11 @@ struct Loss {
     }
 
     template <Powers P>
-    INLINE_MEMBER RowSums<V> exponentials_of(const S *row, Real m, RowStore<Real> out) const {
+    INLINE_MEMBER RowSums<V> kept_exponentials(const S *row, Real m, RowStore<Real> out) const {
         RowSums<V> total = {V{}, V{}};
         for (int64_t begin = 0; begin < classes; begin += kBlock) {
-            const int64_t count = least(kBlock, classes - begin);
-            const RowSums<V> sums =
-                stored ? exponentials<P, true>(row + begin, count, m, rate, out + begin)
-                       : exponentials<P, false>(row + begin, count, m, rate, out);
+            const RowSums<V> sums = exponentials<P, true>(
+                row + begin, least(kBlock, classes - begin), m, rate, out + begin);
             total.at_t += sums.at_t;
             total.at_one += sums.at_one;
         }

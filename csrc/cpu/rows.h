@@ -347,6 +347,41 @@ INLINE RowSums<VecOf<Real>> exponentials(const S *row, int64_t classes, Num m, R
     return {t0 + t1, P == Powers::kOne ? t0 + t1 : o0 + o1};
 }
 
+// The same without keeping anything, and the maximum, in one read of a long row from memory: piece
+// by piece, each of which stays in the innermost cache for its exponentials, meanwhile the next is
+// fetched. Sums relative to an earlier maximum are rescaled when a larger one appears.
+template <Powers P, class S, class Real>
+INLINE RowSums<VecOf<Real>> read_once(const S *row, int64_t classes, Rate<Real> rate,
+                                      Top<Real> &top) {
+    typedef VecOf<Real> V;
+    const int64_t kPiece = 16384 / int64_t(sizeof(S)), kStrip = kPiece / 16;
+    const Real lowest = Real(-__builtin_inf());
+    RowSums<V> total = {V{}, V{}};
+    top = {lowest, 0};
+    for (int64_t begin = 0; begin < classes; begin += kPiece) {
+        const Top<Real> here = row_top<4>(row + begin, least(kPiece, classes - begin));
+        if (here.maximum > top.maximum) {
+            const V gap = splat(top.maximum - here.maximum), e = exponential(gap, rate);
+            total.at_t *= e;
+            total.at_one *= P == Powers::kNone ? exponential(gap) : raised(P, e);
+            top = {here.maximum, begin + here.argmax};
+        }
+        // 0 while every class is masked by -inf, so that only NaN makes NaN.
+        const Real m = top.maximum > lowest ? top.maximum : Real(0);
+        const int64_t end = least(classes, begin + kPiece);
+        for (int64_t c = begin; c < end; c += kStrip) {
+            for (int64_t i = 0; i < kStrip; i += 64 / int64_t(sizeof(S)))
+                __builtin_prefetch(row + c + kPiece + i);
+            const RowSums<V> sums =
+                exponentials<P, false>(row + c, least(kStrip, end - c), m, rate, RowStore<Real>());
+            total.at_t += sums.at_t;
+            total.at_one += sums.at_one;
+        }
+    }
+    const V infinite = splat(top.maximum - top.maximum);  // NaN where there is no softmax, else 0
+    return {total.at_t + infinite, total.at_one + infinite};
+}
+
 // logarithm() of n values in place.
 template <class Real>
 INLINE void logarithms(Real *values, int n) {

@@ -165,7 +165,7 @@ struct Mutual : Mixture<Real, NV> {
         return forward_kl_gradient(q - deepest[v], n, excess[v]);
     }
     template <class Source, class T>
-    INLINE_MEMBER void begin(const Source &s, const T &tile, int exits) {
+    INLINE_MEMBER void begin(const Source &, const T &tile, int exits) {
         const int last = exits - 1;
         for (int v = 0; v < NV; ++v) {
             deepest[v] = tile.q[last][v];
@@ -232,10 +232,10 @@ struct Dense : Mixture<Real, NV> {
     INLINE_MEMBER V value(int v, V gradient, V) const { return this->moment[v] + gradient; }
 };
 
-// Which gradients are written: none; of all exits, for targets without mass on other classes than
-// the label's; or as the sweep says. What the sweep need not be asked the compiler need not keep at
-// hand.
-enum class Writes { kNone, kPlain, kAny };
+// Which gradients are written: none; of all exits, to caches or past them, without mass on other
+// classes than the label's; or as the sweep says. What the sweep need not be asked the compiler
+// need not keep at hand.
+enum class Writes { kNone, kPlain, kStream, kAny };
 
 template <Writes kWrites, class Source, class V>
 INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V gradient,
@@ -245,7 +245,7 @@ INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V g
     V g = gradient * s.pair_scale[i];
     g += at_one<V>(s, power, i, at) * s.p_scale[i];
     if (any && s.mass) g -= load(s.mass + at) * s.mass_scale[i];
-    if (any && s.streams && !partial)
+    if ((kWrites == Writes::kStream || (any && s.streams)) && !partial)
         stream(s.out[i] + at, g);
     else
         store_some(s.out[i] + at, g, partial);
@@ -333,7 +333,7 @@ static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gr
 // [exits - 2], few exits and no external teachers: forward KL of a float training step, unrolled
 // where that pays. Null where there is none.
 template <class Real, class Num>
-static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) {
+static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes writes) {
     if constexpr (sizeof(Real) == sizeof(float)) {
         constexpr int kMost = 8;
 #define ONE(M, K, writes) student_sweep<Real, Num, M, false, Writes::writes, K>
@@ -342,13 +342,14 @@ static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) 
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
             ONE(M, kMost, w)                                                                \
     }
-        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, kAny),
-                                                                      ROW(Mutual, kPlain)},
+        static const SweepFunction<Real, Num> mutual[3][kMost - 1] = {ROW(Mutual, kPlain),
+                                                                      ROW(Mutual, kStream),
+                                                                      ROW(Mutual, kAny)},
                                                                 dense[kMost - 1] = ROW(Dense, kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
-        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[plain][exits - 2];
+        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[int(writes) - 1][exits - 2];
         if (pairs == MSDKERN_PAIRS_DENSE) return dense[exits - 2];
     }
     return nullptr;
