@@ -12,14 +12,15 @@ namespace MSDKERN_NAMESPACE {
 template <class Real, int kDivergence>
 INLINE Pair<VecOf<Real>> pair_terms(const Sweep<Real> &s, int i, int j, int64_t c) {
     typedef VecOf<Real> V;
-    const V q_i = load(s.e[i] + c) * s.inverse_t[i], q_j = load(s.e[j] + c) * s.inverse_t[j];
+    const V q_i = load(s.e[i] + c) * s.row[i].inverse_t,
+            q_j = load(s.e[j] + c) * s.row[j].inverse_t;
     if (kDivergence == MSDKERN_JSD) return jsd_pair(q_i, q_j, splat(s.beta));
     const V x_i = below_maximum<V>(s, i, c), x_j = below_maximum<V>(s, j, c);
     if (kDivergence == MSDKERN_SOFT_CE)
-        return soft_ce_pair(relative_log(s, x_i, V{}, s.log_t[i]), q_j);
+        return soft_ce_pair(relative_log(s, x_i, V{}, s.row[i].log_t), q_j);
     // Both less the deepest exit's log-sum, which their difference does not see.
-    const V l_i = relative_log(s, x_i, V{}, s.gap[i]);
-    const V l_j = relative_log(s, x_j, V{}, s.gap[j]);
+    const V l_i = relative_log(s, x_i, V{}, s.row[i].gap);
+    const V l_j = relative_log(s, x_j, V{}, s.row[j].gap);
     if (kDivergence == MSDKERN_FORWARD_KL) return forward_kl_pair(q_i, l_i, q_j, l_j);
     return reverse_kl_pair(q_i, l_i, q_j, l_j);
 }
@@ -39,7 +40,7 @@ static void pair_values(Sweep<Real> &s, int64_t classes) {
                 of_student += pair.of_student;
                 of_teacher += pair.of_teacher;
             }
-            const Real d = sum<Real>(value), scale = w * s.pair_scale[i];
+            const Real d = sum<Real>(value), scale = w * s.row[i].pair_scale;
             if (s.matrix) s.matrix[i * s.rows + j] += d;
             if (w == 0) continue;
             s.value[i] += w * d;
@@ -57,7 +58,7 @@ struct PairTerms {
         for (int i = 0; i < s.exits; ++i) h[i] = V{};
         for (int i = 0; i < s.exits; ++i)
             for (int j = 0; j < s.rows; ++j) {
-                const Real scale = s.weight[i * s.rows + j] * s.pair_scale[i];
+                const Real scale = s.weight[i * s.rows + j] * s.row[i].pair_scale;
                 if (scale == 0) continue;
                 const Pair<V> pair = pair_terms<Real, kDivergence>(s, i, j, c);
                 h[i] += pair.of_student * scale;
@@ -106,9 +107,9 @@ struct NamedTerms {
             q[k] = probability<V>(s, k, c);
             const V x = below_maximum<V>(s, k, c);
             if (kForward || kReverse)
-                d[k] = relative_log(s, x, deepest, s.gap[k]);
+                d[k] = relative_log(s, x, deepest, s.row[k].gap);
             else
-                d[k] = relative_log(s, x, V{}, s.log_t[k]);
+                d[k] = relative_log(s, x, V{}, s.row[k].log_t);
             work[k] = kForward ? q[k] * d[k] : d[k];
         }
         sum_teachers(pairs, exits, q, mass);
@@ -127,7 +128,7 @@ struct NamedTerms {
         if (!s.detach) add_teaching(s, q, d, other, work, h);
     }
     INLINE_MEMBER static Real coefficient(const Sweep<Real> &s, int i) {
-        return s.pair_scale[i] * s.share[i];
+        return s.row[i].pair_scale * s.share[i];
     }
     INLINE_MEMBER static void add_teaching(const Sweep<Real> &s, const V *q, const V *d, V *other,
                                            V *work, V *h) {
@@ -172,8 +173,8 @@ static void general_gradients(Sweep<Real> &s, int64_t classes) {
             if (!s.out[i]) continue;
             const V q = probability<V>(s, i, c);
             V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
-            g += at_one<V>(s, s.power, i, c) * s.p_scale[i];
-            if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
+            g += at_one<V>(s, s.power, i, c) * s.row[i].p_scale;
+            if (s.mass) g -= load(s.mass + c) * s.row[i].mass_scale;
             store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }
     }

@@ -76,11 +76,11 @@ template <class Real, class Num>
 INLINE void take_rows(const Group<Real> &g, int first, int step, Sweep<Real, Num> &s) {
     for (int r = 0; r < s.rows; ++r) {
         const int i = first + r * step;
-        s.maximum[r] = *reinterpret_cast<const Num *>(g.maximum + i);
-        s.log_t[r] = *reinterpret_cast<const Num *>(g.log_t + i);
-        s.inverse_t[r] = *reinterpret_cast<const Num *>(g.inverse_t + i);
-        s.gap[r] = *reinterpret_cast<const Num *>(g.gap + i);
-        s.slack[r] = *reinterpret_cast<const Num *>(g.slack + i);
+        s.row[r].maximum = *reinterpret_cast<const Num *>(g.maximum + i);
+        s.row[r].log_t = *reinterpret_cast<const Num *>(g.log_t + i);
+        s.row[r].inverse_t = *reinterpret_cast<const Num *>(g.inverse_t + i);
+        s.row[r].gap = *reinterpret_cast<const Num *>(g.gap + i);
+        s.row[r].slack = *reinterpret_cast<const Num *>(g.slack + i);
     }
 }
 

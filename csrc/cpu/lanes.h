@@ -205,11 +205,11 @@ class Lanes {
             // The logits of a row that does not count may be anything: 0, not 0 times that.
             const auto counted = (call.label ? valid : V{}) != V{};
             ce[k] = counted ? c.value : V{};
-            s.p_scale[k] = counted ? c.p_scale : V{};
-            s.mass_scale[k] = counted ? c.mass_scale : V{};
+            s.row[k].p_scale = counted ? c.p_scale : V{};
+            s.row[k].mass_scale = counted ? c.mass_scale : V{};
             const V d = backward ? per_row(call.upstream_divergence, k, first, count)
                                  : splat(loss.row_factor);
-            s.pair_scale[k] = valid * d * (loss.scale * s.share[k] * loss.inverse_t);
+            s.row[k].pair_scale = valid * d * (loss.scale * s.share[k] * loss.inverse_t);
         }
     }
 
@@ -246,13 +246,23 @@ class Lanes {
     }
     // The label's share is subtracted in Real, before rounding to the storage dtype.
     void subtract_labels(int64_t first, int count) const {
-        for (int k = 0; call.label && k < loss.exits; ++k) {
+        if (!call.label) return;
+        int lanes[W], counted = 0;
+        int64_t labels[W];
+        for (int lane = 0; lane < count; ++lane) {
+            lanes[counted] = lane;
+            labels[counted] = call.label[first + lane];
+            counted += valid[lane] != 0;
+        }
+        for (int k = 0; k < loss.exits; ++k) {
             if (!call.gradient[k]) continue;
-            for (int lane = 0; lane < count; ++lane) {
-                if (valid[lane] == 0) continue;
-                const int64_t label = call.label[first + lane];
-                const Real left = z_of(k)[label * W + lane] - s.mass_scale[k][lane];
-                store_partial(loss.gradient_of(k, first + lane) + label, 1, splat(left));
+            const Real *const from = z_of(k);
+            S *const to = loss.gradient_of(k, first);
+            Real share[W];
+            store(share, s.row[k].mass_scale);
+            for (int i = 0; i < counted; ++i) {
+                const Real left = from[labels[i] * W + lanes[i]] - share[lanes[i]];
+                store_one(to + lanes[i] * loss.classes + labels[i], left);
             }
         }
     }

@@ -283,7 +283,7 @@ struct Loss {
         for (int k = 0; k < exits; ++k) {
             if (!s.out[k]) continue;
             S *to = gradient_of(k, x.n) + begin;
-            if (label >= 0 && label < count) s.out[k][label] -= s.mass_scale[k];
+            if (label >= 0 && label < count) s.out[k][label] -= s.row[k].mass_scale;
             int64_t c = 0;
             for (; c + W <= count; c += W) store(to + c, load(s.out[k] + c));
             if (c < count) store_partial(to + c, int(count - c), load(s.out[k] + c));
@@ -292,7 +292,8 @@ struct Loss {
     void subtract_label(const Sample &x) const {
         if (!kDirect || !call.label || targets.dense) return;
         for (int k = 0; k < exits; ++k)
-            if (call.gradient[k]) direct(gradient_of(k, x.n))[call.label[x.n]] -= x.s.mass_scale[k];
+            if (call.gradient[k])
+                direct(gradient_of(k, x.n))[call.label[x.n]] -= x.s.row[k].mass_scale;
     }
 
     void zero_row(int64_t n) const {
@@ -324,8 +325,8 @@ struct Loss {
         for (int k = 0; k < exits; ++k) {
             const auto c = targets.cross_entropy(g, x.first + k, k, x.n, total, u);
             ce[k] = c.value;
-            s.p_scale[k] = c.p_scale;
-            s.mass_scale[k] = c.mass_scale;
+            s.row[k].p_scale = c.p_scale;
+            s.row[k].mass_scale = c.mass_scale;
         }
         if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, x.scratch.weight, x.n);
         divergences_and_gradients(x);
@@ -373,7 +374,7 @@ struct Loss {
     void divergences_and_gradients(const Sample &x) const {
         Sweep<Real> &s = x.s;
         for (int k = 0; k < exits; ++k)
-            s.pair_scale[k] =
+            s.row[k].pair_scale =
                 divergence_scale(k, x.n) * (general ? Real(1) : s.share[k] * inverse_t);
         clear(s);
         if (!divergent && !gradient) return;

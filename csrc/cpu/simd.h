@@ -184,6 +184,13 @@ INLINE void store_partial(S *p, int n, VecOf<typename Kind<S>::Real> v) {
     for (int i = 0; i < n; ++i) p[i] = part[i];
 }
 
+INLINE void store_one(float *p, float x) { *p = x; }
+INLINE void store_one(double *p, double x) { *p = x; }
+template <class S>
+INLINE void store_one(S *p, float x) {
+    store_partial(p, 1, splat(x));
+}
+
 // 0, 1, 2, ...
 template <class Real>
 INLINE VecOf<Real> lane_numbers() {

@@ -11,6 +11,15 @@ namespace MSDKERN_NAMESPACE {
 // Vectors of classes worked on at once: what is read per exit serves all of them.
 constexpr int kTile = 3;
 
+// What is constant along a row of logits z. With x = z - maximum, l = x / T - log_t and
+// q = e inverse_t; gap is log_t less the deepest exit's, slack what rounding does to the row's
+// divergences (group.h). The gradient of the cross entropy is p_scale exp(x) - mass_scale u, and
+// pair_scale is dL/dD_i of a student.
+template <class Num>
+struct RowConstants {
+    Num maximum, log_t, inverse_t, gap, slack, p_scale, mass_scale, pair_scale;
+};
+
 // One sample, seen through a window of its classes. Num is what is constant along a row: a number;
 // or a vector of them where the lanes are samples and each class is a vector (lanes.h). The sweeps
 // read these numbers again for each vector of classes, broadcast from memory: were they local to a
@@ -24,15 +33,9 @@ struct Sweep {
     const Real *mass;              // u, the target's mass on each class, or null
     Real *out[MSDKERN_MAX_EXITS];  // gradient, or null
     bool streams;                  // past the caches
-    // Whole row: m, and with x = z - m, l = x / T - log_t, q = e inverse_t; log_t less the deepest
-    // exit's, and what rounding does to a row's divergences (group.h).
-    Num maximum[MSDKERN_MAX_ROWS], log_t[MSDKERN_MAX_ROWS], inverse_t[MSDKERN_MAX_ROWS];
-    Num gap[MSDKERN_MAX_ROWS], slack[MSDKERN_MAX_ROWS];
-    // Gradient of the cross entropy: p_scale * one - mass_scale * u.
-    Num p_scale[MSDKERN_MAX_EXITS], mass_scale[MSDKERN_MAX_EXITS];
+    RowConstants<Num> row[MSDKERN_MAX_ROWS];
     // Divergence of student i: share[i] times a sum over teachers whose weights sum to n[i].
     Real share[MSDKERN_MAX_EXITS], n[MSDKERN_MAX_EXITS];
-    Num pair_scale[MSDKERN_MAX_EXITS];  // dL/dD_i
     Real inverse_temperature;
     const Real *weight;  // W[exits][rows], share included
     Num value[MSDKERN_MAX_EXITS];
@@ -60,11 +63,11 @@ INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
 // difference of x is formed first: it is exact, or nearly, where exits agree.
 template <class V, class Source>
 INLINE V probability(const Source &s, int r, int64_t c) {
-    return load(s.e[r] + c) * s.inverse_t[r];
+    return load(s.e[r] + c) * s.row[r].inverse_t;
 }
 template <class V, class Source>
 INLINE V below_maximum(const Source &s, int r, int64_t c, int partial = 0) {
-    return load_some(s.z[r] + c, partial) - s.maximum[r];
+    return load_some(s.z[r] + c, partial) - s.row[r].maximum;
 }
 template <class V, class Source, class Gap>
 INLINE V relative_log(const Source &s, V x, V reference, Gap gap) {
@@ -84,15 +87,15 @@ static void correct_values(Sweep<Real, Num> &s, int divergence) {
     if (divergence != MSDKERN_FORWARD_KL && divergence != MSDKERN_REVERSE_KL) return;
     const Real sign = divergence == MSDKERN_FORWARD_KL ? Real(1) : Real(-1);
     if (s.pairs == MSDKERN_PAIRS_MUTUAL && !s.matrix) {
-        Num total = s.slack[0];
-        for (int j = 1; j < s.exits; ++j) total += s.slack[j];
+        Num total = s.row[0].slack;
+        for (int j = 1; j < s.exits; ++j) total += s.row[j].slack;
         for (int i = 0; i < s.exits; ++i)
-            s.value[i] -= (sign * s.share[i]) * (total - Real(s.exits) * s.slack[i]);
+            s.value[i] -= (sign * s.share[i]) * (total - Real(s.exits) * s.row[i].slack);
         return;
     }
     for (int i = 0; i < s.exits; ++i)
         for (int j = 0; j < s.rows; ++j) {
-            const Num error = sign * (s.slack[j] - s.slack[i]);
+            const Num error = sign * (s.row[j].slack - s.row[i].slack);
             const Real w = s.weight[i * s.rows + j];
             if (w != 0) s.value[i] -= w * error;  // a teacher without weight may hold NaN
             if constexpr (sizeof(Num) == sizeof(Real))
@@ -122,7 +125,7 @@ struct Tile {
     template <class Source>
     INLINE_MEMBER void relate(const Source &s, int exits) {
         UNROLL for (int k = 0; k < exits - 1; ++k) for (int v = 0; v < NV; ++v) x[k][v] =
-            distance(s, k, exits - 1, v, s.gap[k]);
+            distance(s, k, exits - 1, v, s.row[k].gap);
         for (int v = 0; v < NV; ++v) x[exits - 1][v] = V{};
     }
 };
@@ -221,7 +224,7 @@ struct Dense : Mixture<Real, NV> {
         UNROLL for (int r = 0; r < rows; ++r) {
             const Real w = s.weight[i * rows + r];
             if (w == 0) continue;
-            const auto gap = s.gap[r] - s.gap[i];
+            const auto gap = s.row[r].gap - s.row[i].gap;
             for (int v = 0; v < NV; ++v) {
                 const V share = tile.q[r][v] * w;
                 this->mass[v] += share;
@@ -242,9 +245,9 @@ INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V g
                            int partial) {
     const bool any = kWrites == Writes::kAny;
     if (kWrites == Writes::kNone || (any && !s.out[i])) return;
-    V g = gradient * s.pair_scale[i];
-    g += at_one<V>(s, power, i, at) * s.p_scale[i];
-    if (any && s.mass) g -= load(s.mass + at) * s.mass_scale[i];
+    V g = gradient * s.row[i].pair_scale;
+    g += at_one<V>(s, power, i, at) * s.row[i].p_scale;
+    if (any && s.mass) g -= load(s.mass + at) * s.row[i].mass_scale;
     if ((kWrites == Writes::kStream || (any && s.streams)) && !partial)
         stream(s.out[i] + at, g);
     else
@@ -273,11 +276,12 @@ INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, Vec
         for (int v = 0; v < NV; ++v) {
             const int64_t at = c + v * W;
             const V q = tile.q[i][v];
-            const V d = related ? tile.x[i][v]
-                                : tile.distance(s, i, reference, v, s.gap[i] - s.gap[reference]);
+            const V d =
+                related ? tile.x[i][v]
+                        : tile.distance(s, i, reference, v, s.row[i].gap - s.row[reference].gap);
             const V mass = mixer.mass[v], gradient = mixer.gradient(v, q, n);
             if (kSoft)
-                value[i] -= relative_log(s, tile.x[i][v], V{}, s.log_t[i]) *
+                value[i] -= relative_log(s, tile.x[i][v], V{}, s.row[i].log_t) *
                             (M::kOwnShare ? mass - q : mass);
             else
                 value[i] += mixer.value(v, gradient, d);
@@ -362,8 +366,8 @@ static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
     for (int i = 0; i < s.exits; ++i) {
         if (!s.out[i]) continue;
         for (int64_t c = 0; c < classes; c += W) {
-            VecOf<Real> g = at_one<VecOf<Real>>(s, s.power, i, c) * s.p_scale[i];
-            if (s.mass) g -= load(s.mass + c) * s.mass_scale[i];
+            VecOf<Real> g = at_one<VecOf<Real>>(s, s.power, i, c) * s.row[i].p_scale;
+            if (s.mass) g -= load(s.mass + c) * s.row[i].mass_scale;
             store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
         }
     }
