@@ -61,7 +61,10 @@ struct Loss {
         if (!divergent) rate = Rate<Real>();
         inverse_t = divergent ? Real(1 / c.temperature) : Real(1);
         stride = padded<Real>(classes);
-        streams = gradient && streamable();
+        const bool swept = !(divergent && general);  // in one sweep
+        const bool by_lanes =
+            swept && !targets.dense && !c.pair_weight_per_row && Lanes<S, Loss>::fit(rows, classes);
+        streams = gradient && swept && !by_lanes && streamable();
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
         stored = kept <= (streams ? kRowSetBytesStreaming : kRowSetBytes);
         samples = most<int64_t>(1, stored ? least(kMostSamples, kGroupBytes / kept) : 1);
@@ -75,8 +78,7 @@ struct Loss {
         student = cross_entropy_sweep<Real, Real>;
         if (divergent) student = find_student_sweep<Real>(weights, soft, gradient);
         lane_student = nullptr;
-        if (!(divergent && general) && !targets.dense && !c.pair_weight_per_row &&
-            Lanes<S, Loss>::fit(rows, classes)) {
+        if (by_lanes) {
             lane_student = cross_entropy_sweep<Real, V>;
             if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
             samples = 1;  // those that must go row by row

@@ -59,6 +59,14 @@ INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
         store(to, v);
 }
 
+template <class Real>
+INLINE void put(Real *to, VecOf<Real> v, int partial, bool streams) {
+    if (streams && !partial)
+        stream(to, v);
+    else
+        store_some(to, v, partial);
+}
+
 // q and x = z - m of row r at offset c, and d = l less the l of another row, the reference. The
 // difference of x is formed first: it is exact, or nearly, where exits agree.
 template <class V, class Source>
@@ -248,10 +256,7 @@ INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V g
     V g = gradient * s.row[i].pair_scale;
     g += at_one<V>(s, power, i, at) * s.row[i].p_scale;
     if (any && s.mass) g -= load(s.mass + at) * s.row[i].mass_scale;
-    if ((kWrites == Writes::kStream || (any && s.streams)) && !partial)
-        stream(s.out[i] + at, g);
-    else
-        store_some(s.out[i] + at, g, partial);
+    put(s.out[i] + at, g, partial, kWrites == Writes::kStream || (any && s.streams));
 }
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
@@ -340,16 +345,17 @@ template <class Real, class Num>
 static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes writes) {
     if constexpr (sizeof(Real) == sizeof(float)) {
         constexpr int kMost = 8;
-#define ONE(M, K, writes) student_sweep<Real, Num, M, false, Writes::writes, K>
+#define ONE(M, K, writes) student_sweep<Real, Num, M, false, writes, K>
 #define ROW(M, w)                                                                           \
     {                                                                                       \
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
             ONE(M, kMost, w)                                                                \
     }
-        static const SweepFunction<Real, Num> mutual[3][kMost - 1] = {ROW(Mutual, kPlain),
-                                                                      ROW(Mutual, kStream),
-                                                                      ROW(Mutual, kAny)},
-                                                                dense[kMost - 1] = ROW(Dense, kAny);
+        // Lanes are turned back into rows before anything leaves the caches.
+        constexpr Writes kPast = sizeof(Num) == sizeof(Real) ? Writes::kStream : Writes::kPlain;
+        static const SweepFunction<Real, Num> mutual[3][kMost - 1] = {
+            ROW(Mutual, Writes::kPlain), ROW(Mutual, kPast), ROW(Mutual, Writes::kAny)};
+        static const SweepFunction<Real, Num> dense[kMost - 1] = ROW(Dense, Writes::kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
@@ -368,7 +374,7 @@ static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
         for (int64_t c = 0; c < classes; c += W) {
             VecOf<Real> g = at_one<VecOf<Real>>(s, s.power, i, c) * s.row[i].p_scale;
             if (s.mass) g -= load(s.mass + c) * s.row[i].mass_scale;
-            store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
+            put(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c), s.streams);
         }
     }
 }

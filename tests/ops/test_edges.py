@@ -141,6 +141,21 @@ def test_predictions_of_rows_whose_softmax_is_not_finite(classes, server):
     assert statistics.prediction[0].tolist() == z.argmax(1).tolist()
 
 
+@pytest.mark.parametrize("classes", [5000, 1_200_000])
+def test_rows_of_many_classes_that_are_not_finite(classes):
+    """On the CPU, where a row of the larger size is read once, piece by piece."""
+    z = torch.zeros(6, classes)
+    z[0, :4097] = -torch.inf  # its first piece
+    z[1, classes - 1], z[2] = torch.inf, -torch.inf
+    z[3, 2], z[4, :4096], z[5, 0] = torch.nan, torch.nan, -torch.inf
+    z[5, classes - 2] = 3.0
+    with serve("cpu"):
+        out = msdkern.multi_exit_loss([z, z + 0.0], torch.ones(6, dtype=torch.int64))
+    truth = torch.softmax(z.double(), -1).max(-1)
+    assert out.prediction[1].tolist() == z.argmax(1).tolist()
+    torch.testing.assert_close(out.confidence[1].double(), truth.values, equal_nan=True)
+
+
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("classes", [10, 300])
 def test_columns_may_lie_apart(classes, server):

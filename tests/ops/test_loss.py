@@ -155,6 +155,21 @@ def test_many_classes(shape, chosen, dtype):
     check_rows(make_case(PLAIN | chosen | {"dtype": dtype}, shape), SERVERS)
 
 
+# Gradients that no cache holds are written past them, exponentials of long rows taken again.
+@pytest.mark.parametrize(
+    ("chosen", "shape"),
+    [
+        ({"pairs": "mutual", "kind": "confident"}, (2, 17, 262144)),
+        ({"pairs": "mutual", "label_smoothing": 0.1, "temperature": 2.5}, (2, 17, 262144)),
+        ({"pairs": "deeper", "divergence": "soft_ce"}, (3, 350, 8192)),
+        ({"pairs": None, "kind": "masked_some"}, (2, 600, 8192)),
+    ],
+    ids=str,
+)
+def test_more_gradients_than_a_cache_holds(chosen, shape):
+    check_loss(make_case(PLAIN | chosen, shape), SERVERS)
+
+
 # With few classes the lanes of a vector are samples: full vectors, remainders, several blocks.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
