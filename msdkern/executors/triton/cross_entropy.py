@@ -16,6 +16,9 @@ PROBABILITIES = tl.constexpr(2)
 COUNT_LATER = tl.constexpr(0)
 COUNT_HERE = tl.constexpr(1)
 COUNTED = tl.constexpr(2)
+# What stands for a label out of range, and for that of a row which does not count.
+UNKNOWN = tl.constexpr(-1)
+IGNORED = tl.constexpr(-2)
 LABELS_AT_ONCE = tl.constexpr(1024)
 
 
@@ -103,18 +106,35 @@ def read_labels(
     for which nothing is read, and the class weight of the label."""
     valid = present
     known = present
-    y = tl.full(row.shape, -1, tl.int64)
+    y = tl.full(row.shape, UNKNOWN, tl.int32)
     poison = tl.zeros(row.shape, REAL)
     on_label = tl.zeros(row.shape, REAL)
     if TARGET == LABELS:
-        y = tl.load(label + row, mask=present, other=ignore_index)
-        valid = present & (y != ignore_index)
-        known = valid & (y >= 0) & (y < classes)
+        given = tl.load(label + row, mask=present, other=ignore_index)
+        counts = present & (given != ignore_index)
+        inside = counts & (given >= 0) & (given < classes)
+        # One number of 32 bits says it all, so that nothing wider is kept to the end.
+        y = tl.where(inside, given.to(tl.int32), tl.where(counts, UNKNOWN, IGNORED))
+        valid = y != IGNORED
+        known = y >= 0
         poison = tl.where(valid & (known == 0), float("nan"), 0.0).to(REAL)
         on_label = tl.where(known, 1.0, 0.0).to(REAL)
         if class_weight is not None:
             on_label = tl.load(class_weight + y, mask=known, other=0)
     return valid, y, known, poison, on_label
+
+
+@triton.jit
+def smoothing_of(
+    smoothing, classes, POINTERS: tl.constexpr, SMOOTH: tl.constexpr, REAL: tl.constexpr
+):
+    """(1) What label smoothing puts on every class, and what it leaves where it was."""
+    smooth = tl.zeros((), REAL)
+    keep = tl.full((), 1.0, REAL)
+    if SMOOTH:
+        spread = scalar(smoothing, POINTERS & 8, REAL)
+        smooth, keep = spread / classes, 1 - spread
+    return smooth, keep
 
 
 # (1) Cross entropy ------------------------------------------------------------------------------

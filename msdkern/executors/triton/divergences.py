@@ -42,6 +42,17 @@ def share(pairs, exits, i):
     return 1.0
 
 
+@triton.jit
+def shares(k, PAIRS: tl.constexpr, K: tl.constexpr, REAL: tl.constexpr):
+    """(3) By what sum_j D_ij of a named weight is multiplied: a vector [WIDTH]."""
+    one = tl.full(k.shape, 1.0, REAL)
+    if PAIRS == MUTUAL:
+        one = one / (K - 1)
+    elif PAIRS == DEEPER:
+        one = one / tl.maximum(K - 1 - k, 1)
+    return one
+
+
 @triton.constexpr_function
 def teaches(pairs, exits, i, j):
     """Whether exit or teacher j may have weight for student i."""

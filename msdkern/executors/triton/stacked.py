@@ -12,16 +12,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import LABELS, NO_TARGET, mass_tile, mass_total, mean_shares, read_labels
-from .divergences import DEEPER, LAST, MUTUAL, NEXT, NONE
-from .loss import finish
+from .batch import finish, store_counts
+from .cross_entropy import (
+    LABELS,
+    NO_TARGET,
+    mass_tile,
+    mass_total,
+    mean_shares,
+    read_labels,
+    smoothing_of,
+)
+from .divergences import DEEPER, LAST, MUTUAL, NEXT, NONE, shares
 from .math import (
     SOFT_CE,
     forward_kl_gradient,
     forward_kl_value,
     gap_between,
-    positive,
-    scalar,
+    scales,
     weigh,
 )
 from .rows import at, batch_is_complete, gap_to
@@ -133,17 +140,6 @@ def all_students(
 
 
 @triton.jit
-def share_of_pairs(k, PAIRS: tl.constexpr, K: tl.constexpr, REAL: tl.constexpr):
-    """(3) By what sum_j D_ij of a named weight is multiplied: a vector [WIDTH]."""
-    one = tl.full(k.shape, 1.0, REAL)
-    if PAIRS == MUTUAL:
-        one = one / (K - 1)
-    elif PAIRS == DEEPER:
-        one = one / tl.maximum(K - 1 - k, 1)
-    return one
-
-
-@triton.jit
 def stacked_kernel(
     z, strides, gradient, label, probability, probability_stride, class_weight, exit_weight,
     pair_weight, upstream_ce, upstream_divergence, temperature, pair_scale, normalizer, smoothing,
@@ -166,15 +162,10 @@ def stacked_kernel(
     k = tl.arange(0, WIDTH)
     where, there = stack(z, strides, n, k, K, STEP, 0)
     place = k.to(tl.int64) * rows + n
-    t = positive(scalar(temperature, POINTERS & 1, REAL))
-    scale = scalar(pair_scale, POINTERS & 2, REAL)
-    if SQUARED:
-        scale = scale * t * t
-    inverse_t = 1 / t if DIVERGENT else tl.full((), 1.0, REAL)
-    valid, y, known, poison, on_label = read_labels(
+    t, scale, inverse_t = scales(temperature, pair_scale, POINTERS, SQUARED, DIVERGENT, REAL)
+    valid, y, known, poison, label_weight = read_labels(
         label, class_weight, ignore_index, row, row < rows, classes, TARGET, REAL
     )
-    label_weight = on_label
     r_ce, r_row = mean_shares(
         label, class_weight, ignore_index, normalizer, counts, rows, classes, POINTERS, MEAN,
         NORMALIZED, COUNTING, REAL,
@@ -197,15 +188,11 @@ def stacked_kernel(
         tl.store(prediction + place, first.to(tl.int64), mask=there)
 
     # (1) Cross entropies, and the scales of gradients.
-    smooth = tl.zeros((), REAL)
-    keep = tl.full((), 1.0, REAL)
+    smooth, keep = smoothing_of(smoothing, classes, POINTERS, SMOOTH, REAL)
+    on_label = label_weight * keep if DENSE_TARGET else label_weight
     total_mass = on_label
     u = tl.zeros((1, BLOCK), REAL)
     if DENSE_TARGET:
-        if SMOOTH:
-            spread = scalar(smoothing, POINTERS & 8, REAL)
-            smooth, keep = spread / classes, 1 - spread
-        on_label = on_label * keep
         total_mass = mass_total(
             probability, probability_stride, class_weight, row, row < rows, classes, y, on_label,
             smooth, keep, TARGET, 1, BLOCK, REAL,
@@ -225,8 +212,8 @@ def stacked_kernel(
     label_scale = a * up_ce if TARGET != NO_TARGET else 0 * one
     p_scale = label_scale * total_mass / one + poison
     u_scale = label_scale if DENSE_TARGET else label_scale * on_label
-    share = share_of_pairs(k, PAIRS, K, REAL)
-    pair_factor = up_divergence * scale * share * inverse_t
+    of_pairs = shares(k, PAIRS, K, REAL)
+    pair_factor = up_divergence * scale * of_pairs * inverse_t
 
     # (2), (6) Divergences and gradients.
     value = tl.zeros((WIDTH, BLOCK), REAL)
@@ -270,19 +257,14 @@ def stacked_kernel(
     if DENSE_TARGET:
         ce = tl.sum(dense_ce, 1) + poison
     ce = tl.where(valid, ce, 0.0)
-    d = tl.where(valid, tl.sum(value, 1) * share * scale, 0.0)
+    d = tl.where(valid, tl.sum(value, 1) * of_pairs * scale, 0.0)
     mine = sums + n * FIELDS + k if FORM == SCALAR else sums
     if FORM == SCALAR:
         tl.store(mine, ce, mask=there)
         tl.store(mine + K, a * ce, mask=there)
         tl.store(mine + 2 * K, d, mask=there)
-        counted = tl.where(valid, 1.0, 0.0).to(REAL)
-        weight = counted
-        if TARGET == LABELS and class_weight is not None:
-            weight = tl.where(valid, label_weight, 0.0)
-        last = sums + n * FIELDS + 3 * K + tl.arange(0, 1)
-        tl.store(last, counted)
-        tl.store(last + 1, weight)
+        WEIGHTED: tl.constexpr = TARGET == LABELS and class_weight is not None
+        store_counts(sums + n * FIELDS + 3 * K, valid, label_weight, WEIGHTED)
         if batch_is_complete(sums, group_sums, tickets, FIELDS):
             finish(
                 group_sums, loss, cross_entropy, divergence, matrix, r_row, MEAN, NORMALIZED,
