@@ -52,7 +52,7 @@ def loss_kernel(
     z, strides, gradient, label, probability, probability_stride, class_weight, exit_weight,
     pair_weight, upstream_ce, upstream_divergence, temperature, pair_scale, normalizer, smoothing,
     beta, loss, cross_entropy, divergence, matrix, prediction, confidence, counts, sums,
-    group_sums, tickets, ignore_index, rows, class_steps,
+    group_sums, tickets, facts, ignore_index, rows, class_steps,
     POINTERS: tl.constexpr, FORM: tl.constexpr, PAIRS: tl.constexpr, DIVERGENCE: tl.constexpr,
     DETACH: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr, NORMALIZED: tl.constexpr,
     COUNTING: tl.constexpr, GRADIENT: tl.constexpr, MATRIX: tl.constexpr, TARGET: tl.constexpr,

@@ -34,10 +34,11 @@ SWEEPS = {
     "general": ((4, 512, 8), (64, 256, 8)),
 }
 CLASSES_PER_WARP = 32  # at least, in a sweep
-# More exits than so many are an axis of the tile, where the formulas are O(K); the elements of such
-# a tile, and of a thread's part of it.
-EXITS_APART = 16
-STACKED, STACKED_EACH = 2048, 8
+# More exits than so many are an axis of the tile, whether the formulas are O(K) or go pair by pair,
+# whose code would grow with the square; the elements of such a tile, for so many warps.
+EXITS_APART = {"by exits": 16, "by pairs": 8}
+STACKED = {"direct": 2048, "general": 1024}
+STACKED_WARPS = 8
 # The same for kernels that see one exit at a time.
 ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
 ONE_EXIT_SWEEP = (4096, 8)
@@ -73,11 +74,11 @@ def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def stacked_plan(exits: int, classes: int, double: bool) -> Plan:
-    block = STACKED // (power_of_two(exits) * (2 if double else 1))
-    block = max(1, min(block, power_of_two(classes)))
-    warps = block * power_of_two(exits) // (THREADS * STACKED_EACH)
-    return Plan(False, 1, block, max(1, warps))
+def stacked_plan(exits: int, classes: int, kind: str, double: bool) -> Plan:
+    """`exits` counts external teachers."""
+    width, most = power_of_two(exits), STACKED[kind] // (2 if double else 1)
+    block = max(1, min(most // width, power_of_two(classes)))
+    return Plan(False, 1, block, max(1, STACKED_WARPS * block * width // STACKED[kind]))
 
 
 @functools.lru_cache(maxsize=4096)
