@@ -111,10 +111,11 @@ class _Loss:
         double = self.real == torch.float64
         vector = min(z[0].step, 16 // self.like.element_size())
         by_pairs = kind == "general" or matrix or given.pairs == "dense"
-        stacked = count > table.EXITS_APART["by pairs" if by_pairs else "by exits"]
+        way = "by pairs" if by_pairs else "by exits"
+        stacked = count > table.EXITS_APART[way]
         width = table.power_of_two(count if stacked else self.exits)
         if stacked:
-            plan = table.stacked_plan(count, self.classes, kind, double)
+            plan = table.stacked_plan(count, self.classes, way, double)
         else:
             plan = table.loss_plan(count, self.classes, vector, kind, double)
         programs = -(-self.rows // plan.rows)

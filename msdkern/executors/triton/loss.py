@@ -119,7 +119,7 @@ def loss_kernel(
         log_t = log_t + (tl.log(s[r]),)
     for k in tl.static_range(K):
         log_one = log_one + (tl.log(one[k]),)
-        up_ce, up_divergence = r_ce + 0 * poison, r_row + 0 * on_label
+        up_ce, up_divergence = tl.broadcast_to(r_ce, row.shape), tl.broadcast_to(r_row, row.shape)
         if FORM == ROW_BACKWARD:
             up_ce = tl.load(upstream_ce + in_exit(k, rows, row), mask=present, other=0)
             up_divergence = tl.load(
@@ -139,6 +139,10 @@ def loss_kernel(
         pair_factor = pair_factor + (coefficient[k] * inverse_t,)
     if FORM != ROW_BACKWARD and not DENSE_TARGET:
         store_cross_entropies(ce, weighted, valid, present, row, rows, cross_entropy, mine, FORM, K)
+
+    if FORM == SCALAR:
+        WEIGHTED: tl.constexpr = TARGET == LABELS and class_weight is not None
+        store_counts(mine + 3 * K, valid, label_weight, WEIGHTED)
 
     # (2), (6) Divergences and gradients.
     value, total, dense_ce = (), (), ()
@@ -209,8 +213,6 @@ def loss_kernel(
         d = d * shares(tl.arange(0, WIDTH), PAIRS, K, REAL)[None, :] * scale
         store_losses(d, valid, present, row, rows, divergence, mine, 2 * K, FORM, K)
     if FORM == SCALAR:
-        WEIGHTED: tl.constexpr = TARGET == LABELS and class_weight is not None
-        store_counts(mine + 3 * K, valid, label_weight, WEIGHTED)
         if MATRIX:
             for i in tl.static_range(K):
                 d = tl.zeros((ROWS, power_of_two(COUNT)), REAL)

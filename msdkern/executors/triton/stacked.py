@@ -213,7 +213,7 @@ def stacked_kernel(
             smooth, keep, TARGET, 1, BLOCK, REAL,
         )  # fmt: skip
     log_t, log_one = tl.log(s), tl.log(one)
-    up_ce, up_divergence = r_ce + 0 * one, r_row + 0 * one
+    up_ce, up_divergence = tl.broadcast_to(r_ce, k.shape), tl.broadcast_to(r_row, k.shape)
     if FORM == ROW_BACKWARD:
         up_ce = tl.load(upstream_ce + place, mask=learns, other=0)
         up_divergence = tl.load(upstream_divergence + place, mask=learns, other=0)

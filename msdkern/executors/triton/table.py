@@ -37,7 +37,7 @@ CLASSES_PER_WARP = 32  # at least, in a sweep
 # More exits than so many are an axis of the tile, whether the formulas are O(K) or go pair by pair,
 # whose code would grow with the square; the elements of such a tile, for so many warps.
 EXITS_APART = {"by exits": 16, "by pairs": 8}
-STACKED = {"direct": 2048, "general": 1024}
+STACKED = {"by exits": 2048, "by pairs": 1024}
 STACKED_WARPS = 8
 # The same for kernels that see one exit at a time.
 ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
@@ -74,11 +74,11 @@ def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def stacked_plan(exits: int, classes: int, kind: str, double: bool) -> Plan:
+def stacked_plan(exits: int, classes: int, way: str, double: bool) -> Plan:
     """`exits` counts external teachers."""
-    width, most = power_of_two(exits), STACKED[kind] // (2 if double else 1)
+    width, most = power_of_two(exits), STACKED[way] // (2 if double else 1)
     block = max(1, min(most // width, power_of_two(classes)))
-    return Plan(False, 1, block, max(1, STACKED_WARPS * block * width // STACKED[kind]))
+    return Plan(False, 1, block, max(1, STACKED_WARPS * block * width // STACKED[way]))
 
 
 @functools.lru_cache(maxsize=4096)
