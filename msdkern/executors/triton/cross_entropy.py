@@ -141,11 +141,11 @@ def smoothing_of(
 
 
 @triton.jit
-def mass_tile(
-    probability, probability_stride, class_weight, row, c, inside, classes, label, on_label,
-    smooth, keep, TARGET: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    """u: what the cross entropy puts on each class."""
+def mass_tile(mass, row, c, inside, classes, TARGET: tl.constexpr, REAL: tl.constexpr):
+    """u: what the cross entropy puts on each class. `mass` is all that says where: probabilities
+    and their stride, class weights, labels, the mass on a label, on every class, and what is left
+    of a probability."""
+    probability, probability_stride, class_weight, label, on_label, smooth, keep = mass
     weight = tl.full(c.shape, 1.0, REAL)
     if class_weight is not None:
         weight = tl.load(class_weight + c, mask=c < classes, other=0)
@@ -160,18 +160,15 @@ def mass_tile(
 
 @triton.jit
 def mass_total(
-    probability, probability_stride, class_weight, row, present, classes, label, on_label, smooth,
-    keep, TARGET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
+    mass, row, present, classes, TARGET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    REAL: tl.constexpr,
 ):  # fmt: skip
     """sum_c u_c of every row."""
     total = tl.zeros((ROWS, BLOCK), REAL)
     for b in range(0, tl.cdiv(classes, BLOCK)):
         c = b * BLOCK + tl.arange(0, BLOCK)
         inside = present[:, None] & (c < classes)[None, :]
-        total += mass_tile(
-            probability, probability_stride, class_weight, row, c, inside, classes, label,
-            on_label, smooth, keep, TARGET, REAL,
-        )  # fmt: skip
+        total += mass_tile(mass, row, c, inside, classes, TARGET, REAL)
     return tl.sum(total, 1)
 
 

@@ -34,7 +34,6 @@ from .sweeps import (
     close_all,
     columns_of,
     direct_tile,
-    exponentials,
     general_gradients,
     general_values,
     held_rows,
@@ -44,6 +43,7 @@ from .sweeps import (
     store_predictions,
     swept_pair,
     swept_rows,
+    swept_tile,
 )
 
 
@@ -99,19 +99,14 @@ def loss_kernel(
     # (1) Cross entropies, and the scales of their gradients.
     smooth, keep = smoothing_of(smoothing, classes, POINTERS, SMOOTH, REAL)
     on_label = label_weight * keep if DENSE_TARGET else label_weight
+    mass = (probability, probability_stride, class_weight, y, on_label, smooth, keep)
     total_mass = on_label
     u = tl.zeros((ROWS, BLOCK), REAL)
     if DENSE_TARGET and RESIDENT:
-        u = mass_tile(
-            probability, probability_stride, class_weight, row, c, inside, classes, y, on_label,
-            smooth, keep, TARGET, REAL,
-        )  # fmt: skip
+        u = mass_tile(mass, row, c, inside, classes, TARGET, REAL)
         total_mass = tl.sum(u, 1)
     elif DENSE_TARGET:
-        total_mass = mass_total(
-            probability, probability_stride, class_weight, row, present, classes, y, on_label,
-            smooth, keep, TARGET, ROWS, BLOCK, REAL,
-        )  # fmt: skip
+        total_mass = mass_total(mass, row, present, classes, TARGET, ROWS, BLOCK, REAL)
     mine = sums + tl.program_id(0).to(tl.int64) * FIELDS if FORM == SCALAR else sums
     ce, weighted = tl.zeros((ROWS, WIDTH), REAL), tl.zeros((ROWS, WIDTH), REAL)
     log_t, log_one, p_scale, u_scale, coefficient, pair_factor = (), (), (), (), (), ()
@@ -158,15 +153,10 @@ def loss_kernel(
     if RESIDENT or not DIRECT or PAIRS != NONE or GRADIENT or DENSE_TARGET:
         for n in range(0, steps):
             if WIDE:
-                c = (blocks - 1 - n) * BLOCK + tl.arange(0, BLOCK)
-                inside = present[:, None] & (c < classes)[None, :]
-                tile = load_exits(z, strides, row, c, inside, COUNT, STEP, REAL)
-                x, e = exponentials(tile, m, inverse_t, COUNT)
-                if DENSE_TARGET:
-                    u = mass_tile(
-                        probability, probability_stride, class_weight, row, c, inside, classes, y,
-                        on_label, smooth, keep, TARGET, REAL,
-                    )  # fmt: skip
+                c, inside, x, e, u = swept_tile(
+                    z, strides, m, mass, blocks - 1 - n, row, present, classes, inverse_t, TARGET,
+                    DENSE_TARGET, COUNT, STEP, ROWS, BLOCK, REAL,
+                )  # fmt: skip
             if DENSE_TARGET:
                 dense_ce = dense_values(x, u, dense_ce, log_one, back, K, WIDE)
             if DIRECT:
@@ -184,15 +174,10 @@ def loss_kernel(
         total = close_all(total, K, WIDE)
         for n in range(0, steps):
             if WIDE:
-                c = n * BLOCK + tl.arange(0, BLOCK)
-                inside = present[:, None] & (c < classes)[None, :]
-                tile = load_exits(z, strides, row, c, inside, COUNT, STEP, REAL)
-                x, e = exponentials(tile, m, inverse_t, COUNT)
-                if DENSE_TARGET:
-                    u = mass_tile(
-                        probability, probability_stride, class_weight, row, c, inside, classes, y,
-                        on_label, smooth, keep, TARGET, REAL,
-                    )  # fmt: skip
+                c, inside, x, e, u = swept_tile(
+                    z, strides, m, mass, n, row, present, classes, inverse_t, TARGET,
+                    DENSE_TARGET, COUNT, STEP, ROWS, BLOCK, REAL,
+                )  # fmt: skip
             general_gradients(
                 x, e, u, c, inside, total, inverse, gap, log_t, b, coefficient, p_scale, u_scale,
                 t, inverse_t, y, valid, gradient, pair_weight, row, rows, class_steps, PAIRS,

@@ -88,6 +88,21 @@ def store_gradients(target, wanted, c, classes, valid, g):
 
 
 @triton.jit
+def stacked_tile(
+    where, learns, mass, block, row, present, classes, m, inverse_t, inverse,
+    TARGET: tl.constexpr, DENSE_TARGET: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """One block of classes: which they are, x, e and q of all exits, and u."""
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    x, e, q = softmax_tile(where, learns, c, classes, m, inverse_t, inverse, REAL)
+    u = tl.zeros((1, BLOCK), REAL)
+    if DENSE_TARGET:
+        inside = present[:, None] & (c < classes)[None, :]
+        u = mass_tile(mass, row, c, inside, classes, TARGET, REAL)
+    return c, x, e, q, u
+
+
+@triton.jit
 def one_teacher(
     x, q, inverse, gap, log_t, y, taught, inverse_y, gap_y, has_teacher, DIVERGENCE: tl.constexpr
 ):
@@ -205,13 +220,10 @@ def stacked_kernel(
     # (1) Cross entropies, and the scales of gradients.
     smooth, keep = smoothing_of(smoothing, classes, POINTERS, SMOOTH, REAL)
     on_label = label_weight * keep if DENSE_TARGET else label_weight
+    mass = (probability, probability_stride, class_weight, y, on_label, smooth, keep)
     total_mass = on_label
-    u = tl.zeros((1, BLOCK), REAL)
     if DENSE_TARGET:
-        total_mass = mass_total(
-            probability, probability_stride, class_weight, row, row < rows, classes, y, on_label,
-            smooth, keep, TARGET, 1, BLOCK, REAL,
-        )  # fmt: skip
+        total_mass = mass_total(mass, row, row < rows, classes, TARGET, 1, BLOCK, REAL)
     log_t, log_one = tl.log(s), tl.log(one)
     up_ce, up_divergence = tl.broadcast_to(r_ce, k.shape), tl.broadcast_to(r_row, k.shape)
     if FORM == ROW_BACKWARD:
@@ -247,14 +259,11 @@ def stacked_kernel(
         target, wanted = stack(gradient, (class_steps,) * K, n, k, K, STEP, 0)
     if PAIRS != NONE or GRADIENT or DENSE_TARGET:
         for i in range(0, blocks):
-            c = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-            x, e, q = softmax_tile(where, learns, c, classes, m, inverse_t, inverse, REAL)
+            c, x, e, q, u = stacked_tile(
+                where, learns, mass, blocks - 1 - i, row, row < rows, classes, m, inverse_t,
+                inverse, TARGET, DENSE_TARGET, BLOCK, REAL,
+            )  # fmt: skip
             if DENSE_TARGET:
-                u = mass_tile(
-                    probability, probability_stride, class_weight, row, c,
-                    (row < rows)[:, None] & (c < classes)[None, :], classes, y, on_label, smooth,
-                    keep, TARGET, REAL,
-                )  # fmt: skip
                 dense_ce += weigh(u, log_one[:, None] - x * back)
             step = tl.zeros((WIDTH, BLOCK), REAL)
             if not DIRECT:
@@ -290,14 +299,10 @@ def stacked_kernel(
     if GRADIENT and not DIRECT:
         sum_h = tl.sum(total, 1)[:, None]
         for i in range(0, blocks):
-            c = i * BLOCK + tl.arange(0, BLOCK)
-            x, e, q = softmax_tile(where, learns, c, classes, m, inverse_t, inverse, REAL)
-            if DENSE_TARGET:
-                u = mass_tile(
-                    probability, probability_stride, class_weight, row, c,
-                    (row < rows)[:, None] & (c < classes)[None, :], classes, y, on_label, smooth,
-                    keep, TARGET, REAL,
-                )  # fmt: skip
+            c, x, e, q, u = stacked_tile(
+                where, learns, mass, i, row, row < rows, classes, m, inverse_t,
+                inverse, TARGET, DENSE_TARGET, BLOCK, REAL,
+            )  # fmt: skip
             _, h = pairs_of(
                 z, strides, n, c, classes, facts, inverse_t, x, q, inverse, gap, log_t,
                 coefficient, b, k, pair_weight, rows, PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, K,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import LABELS
+from .cross_entropy import LABELS, mass_tile
 from .divergences import (
     DEEPER,
     DENSE,
@@ -129,6 +129,23 @@ def exponentials(z, m, inverse_t, COUNT: tl.constexpr):
         x = x + ((z[r] - m[r][:, None]) * inverse_t,)
         e = e + (tl.exp(x[r]),)
     return x, e
+
+
+@triton.jit
+def swept_tile(
+    z, strides, m, mass, block, row, present, classes, inverse_t, TARGET: tl.constexpr,
+    DENSE_TARGET: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """One block of classes: which they are and whether they are there, x and e of all exits, u."""
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    inside = present[:, None] & (c < classes)[None, :]
+    tile = load_exits(z, strides, row, c, inside, COUNT, STEP, REAL)
+    x, e = exponentials(tile, m, inverse_t, COUNT)
+    u = tl.zeros((ROWS, BLOCK), REAL)
+    if DENSE_TARGET:
+        u = mass_tile(mass, row, c, inside, classes, TARGET, REAL)
+    return c, inside, x, e, u
 
 
 @triton.jit
