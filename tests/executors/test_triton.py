@@ -149,6 +149,17 @@ def test_every_gate_and_many_exits_have_a_plan(size):
             assert plan.block <= table.power_of_two(classes)
 
 
+def test_what_registers_do_not_hold_is_stacked_where_classes_are_few():
+    held = ("direct", "by exits", False)
+    assert not table.stacks(12, 10, 2, *held)
+    assert table.stacks(13, 10, 2, *held)
+    assert not table.stacks(13, 1000, 4, *held)
+    assert not table.stacks(7, 10, 2, "general", "by pairs", False)
+    assert table.stacks(8, 10, 2, "general", "by pairs", False)
+    assert not table.stacks(5, 32000, 4, "general", "by pairs", False)
+    assert table.stacks(6, 32000, 4, "general", "by pairs", False)
+
+
 def test_common_shapes_stay_in_registers():
     for exits, classes in ((5, 10), (5, 100), (7, 1000), (12, 2), (4, 1000), (2, 4096)):
         assert table.loss_plan(exits, classes, 4, "direct", False).resident

@@ -173,6 +173,20 @@ def test_many_exits_meet_pair_by_pair_in_a_loop(name):
         assert compiled.asm["ptx"].count("ex2.approx") < 200
 
 
+@pytest.mark.parametrize(
+    "case",
+    [(13, 10, torch.float32, "forward_kl"), (8, 10, torch.float32, "jsd"),
+     (5, 10, torch.float64, "reverse_kl")],
+    ids=str,
+)  # fmt: skip
+def test_few_classes_that_registers_do_not_hold(case):
+    exits, classes, dtype, divergence = case
+    found = loss_launch(exits, classes, dtype, "mutual", divergence)
+    assert found.kernel.__name__ == "stacked_kernel"
+    binary = aot.examine(aot.build(found, "sm_90"), "sm_90")
+    assert not under_pressure(binary, found, "sm_90"), binary
+
+
 def metas(count, rows, classes, dtype=torch.float32):
     return [torch.empty(rows, classes, dtype=dtype, device="meta") for _ in range(count)]
 

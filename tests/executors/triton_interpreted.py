@@ -76,6 +76,7 @@ def test_every_kind_of_logits(kind):
 @pytest.fixture
 def sweeping(monkeypatch):
     """Blocks of 16 classes, none of which holds a row: every kernel sweeps."""
+    monkeypatch.setattr(table, "stacks", lambda *a: False)
     monkeypatch.setattr(table, "loss_plan", lambda *a: table.Plan(False, 1, 16, 4))
     monkeypatch.setattr(table, "row_plan", lambda *a: table.Plan(False, 2, 16, 4))
 
@@ -104,7 +105,7 @@ def test_sweeps(number, classes, sweeping):
 @pytest.fixture
 def stacking(monkeypatch):
     """Exits as an axis of the tile, however few; blocks of 16 classes."""
-    monkeypatch.setattr(table, "EXITS_APART", dict.fromkeys(table.EXITS_APART, 0))
+    monkeypatch.setattr(table, "stacks", lambda *a: True)
     monkeypatch.setattr(table, "stacked_plan", lambda *a: table.Plan(False, 1, 16, 4))
 
 

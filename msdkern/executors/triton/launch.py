@@ -112,7 +112,7 @@ class _Loss:
         vector = min(z[0].step, 16 // self.like.element_size())
         by_pairs = kind == "general" or matrix or given.pairs == "dense"
         way = "by pairs" if by_pairs else "by exits"
-        stacked = count > table.EXITS_APART[way]
+        stacked = table.stacks(count, self.classes, vector, kind, way, double)
         width = table.power_of_two(count if stacked else self.exits)
         if stacked:
             plan = table.stacked_plan(count, self.classes, way, double)

@@ -34,9 +34,11 @@ SWEEPS = {
     "general": ((4, 512, 8), (64, 256, 8)),
 }
 CLASSES_PER_WARP = 32  # at least, in a sweep
-# More exits than so many are an axis of the tile, whether the formulas are O(K) or go pair by pair,
-# whose code would grow with the square; the elements of such a tile, for so many warps.
-EXITS_APART = {"by exits": 16, "by pairs": 8}
+# More exits than so many, of which registers hold all, or one step of a sweep, are an axis of the
+# tile, whether the formulas are O(K) or go pair by pair, whose code would grow with the square.
+EXITS_APART = {"by exits": (16, 16), "by pairs": (8, 5)}
+FEW_CLASSES = 256  # up to which so many exits as registers do not hold are such an axis, too
+# Elements of such a tile, for so many warps.
 STACKED = {"by exits": 2048, "by pairs": 1024}
 STACKED_WARPS = 8
 # The same for kernels that see one exit at a time.
@@ -71,6 +73,15 @@ def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) ->
     step, warps = next((b, w) for most, b, w in SWEEPS[kind] if exits <= most)
     block = min(block, step // halved)
     return Plan(False, 1, block, max(1, min(warps, block // CLASSES_PER_WARP)))
+
+
+@functools.lru_cache(maxsize=4096)
+def stacks(exits: int, classes: int, vector: int, kind: str, way: str, double: bool) -> bool:
+    """Whether exits are an axis of the tile: where they are many, or where few classes do not
+    stay in registers, which would be swept in steps of a few numbers per thread."""
+    resident = loss_plan(exits, classes, vector, kind, double).resident
+    held, swept = EXITS_APART[way]
+    return exits > held if resident else exits > swept or classes <= FEW_CLASSES
 
 
 @functools.lru_cache(maxsize=4096)
