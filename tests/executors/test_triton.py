@@ -8,6 +8,7 @@ own: nothing of it reaches the other tests.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -37,8 +38,9 @@ interpreting = pytest.mark.skipif(
 @pytest.mark.parametrize("family", INTERPRETED)
 def test_the_kernels_in_the_interpreter(family):
     pytest.importorskip("triton")
+    # One thread: rows of a few numbers, for which others would only be woken.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MSDKERN_TEST_DEVICE": "cpu",
-                   "MSDKERN_TEST_SERVERS": "triton"}  # fmt: skip
+                   "MSDKERN_TEST_SERVERS": "triton", "OMP_NUM_THREADS": "1"}  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.executors.interpreter"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
@@ -139,11 +141,23 @@ def test_every_gate_and_many_exits_have_a_plan(size):
         assert plan.resident == (plan.block >= classes)
         each = plan.rows * plan.block * plan.tiles // (32 * plan.warps)
         assert 4 <= each <= 16
-        for exits in (17, 32):
-            plan = table.stacked_plan(exits, classes, size == 8)
+        for exits, way in itertools.product((9, 17, 32, 33), table.STACKED):
+            plan = table.stacked_plan(exits, classes, way, size == 8)
             assert plan.rows == 1
+            assert plan.block >= 1
             assert plan.warps in (1, 2, 4, 8)
             assert plan.block <= table.power_of_two(classes)
+
+
+def test_what_registers_do_not_hold_is_stacked_where_classes_are_few():
+    held = ("direct", "by exits", False)
+    assert not table.stacks(12, 10, 2, *held)
+    assert table.stacks(13, 10, 2, *held)
+    assert not table.stacks(13, 1000, 4, *held)
+    assert not table.stacks(7, 10, 2, "general", "by pairs", False)
+    assert table.stacks(8, 10, 2, "general", "by pairs", False)
+    assert not table.stacks(5, 32000, 4, "general", "by pairs", False)
+    assert table.stacks(6, 32000, 4, "general", "by pairs", False)
 
 
 def test_common_shapes_stay_in_registers():

@@ -45,43 +45,57 @@ def elements_per_thread(found):
     return held // (found.warps * 32)
 
 
-# (exits, classes, dtype, pair weights): row sets that are held in registers.
+NAMED = ("none", "mutual", "last", "deeper", "next")
+# (exits, classes, dtype, pair weights, divergence), target: row sets that are held in registers,
+# those among them that came closest to the limit or once went beyond it.
 HELD = [
-    (5, 100, torch.float32, "mutual"),
-    (7, 1000, torch.bfloat16, "mutual"),
-    (12, 2, torch.float32, "mutual"),
-    (5, 10, torch.float32, "last"),
-    (3, 1000, torch.float16, "dense"),
-    (4, 2048, torch.float32, "deeper"),
+    ((7, 1000, torch.bfloat16, "mutual", "forward_kl"), "sm_90"),
+    ((12, 2, torch.bfloat16, "mutual", "forward_kl"), "sm_90"),
+    ((12, 10, torch.bfloat16, "mutual", "forward_kl"), "sm_100"),
+    ((4, 10, torch.bfloat16, "mutual", "forward_kl"), "sm_100"),
+    ((5, 100, torch.float32, "mutual", "forward_kl"), "sm_80"),
+    ((3, 1000, torch.float16, "dense", "forward_kl"), "sm_90"),
+    ((12, 10, torch.float16, "last", "forward_kl"), "gfx942"),
+    ((3, 100, torch.float32, "mutual", "jsd"), "sm_100"),
+    ((3, 32, torch.float32, "mutual", "forward_kl"), "sm_80"),
+    ((4, 2048, torch.float32, "deeper", "forward_kl"), "sm_80"),
 ]
+WITH_PARKED = HELD[-3:]
+LADDER = (2, 4, 10, 16, 32, 64, 100, 200, 512, 1000, 2048, 4096)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 if EVERYTHING:
-    HELD = list(
-        itertools.product(
-            range(1, 15),
-            (2, 4, 10, 16, 32, 64, 100, 200, 512, 1000, 2048, 4096),
-            (torch.float32, torch.bfloat16, torch.float16),
-            ("none", "mutual", "last", "deeper", "next", "dense"),
-        )
-    )
+    kinds = [
+        *itertools.product(range(1, 33), LADDER, DTYPES, NAMED, ["forward_kl"]),
+        *itertools.product(range(2, 33), LADDER, DTYPES, ["dense"], ["forward_kl"]),
+        *itertools.product(range(2, 33), LADDER, DTYPES, ["mutual"], ["jsd", "reverse_kl"]),
+    ]
+    HELD = WITH_PARKED = list(itertools.product(kinds, aot.TARGETS))
 
 
-def under_pressure(binary):
-    """A spill. ptxas also parks one 64-bit value where that admits another block per processor:
-    8 bytes at exactly 32, 40, .. registers, which is its choice and not a lack of registers."""
-    parked = binary.spilled <= 8 and binary.registers % 8 == 0 and binary.registers <= 168
-    return binary.spilled > 0 and not parked
+def parked(binary, threads):
+    """ptxas gives up a register or two, up to three values of 64 bits, where that admits another
+    program per processor: its choice, and not a lack of registers."""
+    programs = 65536 // (threads * binary.registers)
+    return 65536 // (threads * (binary.registers + 8)) < programs and binary.spilled <= 24
 
 
-@pytest.mark.parametrize("case", HELD, ids=str)
-def test_a_row_set_in_registers_does_not_spill(case):
-    exits, classes, dtype, pairs = case
-    found = loss_launch(exits, classes, dtype, pairs)
+def under_pressure(binary, found, target):
+    if target in NVIDIA and parked(binary, 32 * found.warps):
+        return False
+    return binary.spilled > 0
+
+
+@pytest.mark.parametrize(("case", "target"), HELD, ids=str)
+def test_a_row_set_in_registers_does_not_spill(case, target):
+    exits, classes, dtype, pairs, divergence = case
+    found = loss_launch(exits, classes, dtype, pairs, divergence)
     if not found.arguments["RESIDENT"]:
         assert EVERYTHING
         pytest.skip("swept")
-    for target in NVIDIA if EVERYTHING else (NVIDIA[HELD.index(case) % 3],):
-        binary = aot.examine(aot.build(found, target), target)
-        assert not under_pressure(binary) if EVERYTHING else binary.spilled == 0, (target, binary)
+    binary = aot.examine(aot.build(found, target), target)
+    assert not under_pressure(binary, found, target), binary
+    assert binary.spilled == 0 or (case, target) in WITH_PARKED, binary
+    if target != "gfx942":
         assert binary.registers * found.warps * 32 <= 65536
 
 
@@ -92,7 +106,7 @@ def test_it_compiles_for_every_target(case, target):
     found = loss_launch(exits, classes, torch.bfloat16, pairs, divergence)
     binary = aot.examine(aot.build(found, target), target)
     assert 0 < binary.registers <= 512
-    assert not (found.arguments["RESIDENT"] and under_pressure(binary))
+    assert not (found.arguments["RESIDENT"] and under_pressure(binary, found, target))
     assert binary.spilled <= 64, "a sweep may park a few numbers, no more"
 
 
@@ -137,6 +151,42 @@ def test_many_exits_are_an_axis(case):
     assert binary.registers <= 128
 
 
+PAIRWISE = {
+    "matrix": ("dense", "forward_kl", True),
+    "true mutual": ("mutual", "jsd", False),
+    "reverse matrix": ("dense", "reverse_kl", False),
+}
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_many_exits_meet_pair_by_pair_in_a_loop(name):
+    """Where the work is O(K^2), the code is not."""
+    pairs, divergence, detach = PAIRWISE[name]
+    target = list(aot.TARGETS)[list(PAIRWISE).index(name)]
+    found = loss_launch(32, 1000, torch.bfloat16, pairs, divergence, detach)
+    assert found.kernel.__name__ == "stacked_kernel"
+    compiled = aot.build(found, target)
+    binary = aot.examine(compiled, target)
+    assert not under_pressure(binary, found, target), binary
+    assert binary.registers <= 128
+    if "ptx" in compiled.asm:  # of 1024 pairs, each has an exponential in code that is unrolled
+        assert compiled.asm["ptx"].count("ex2.approx") < 200
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(13, 10, torch.float32, "forward_kl"), (8, 10, torch.float32, "jsd"),
+     (5, 10, torch.float64, "reverse_kl")],
+    ids=str,
+)  # fmt: skip
+def test_few_classes_that_registers_do_not_hold(case):
+    exits, classes, dtype, divergence = case
+    found = loss_launch(exits, classes, dtype, "mutual", divergence)
+    assert found.kernel.__name__ == "stacked_kernel"
+    binary = aot.examine(aot.build(found, "sm_90"), "sm_90")
+    assert not under_pressure(binary, found, "sm_90"), binary
+
+
 def metas(count, rows, classes, dtype=torch.float32):
     return [torch.empty(rows, classes, dtype=dtype, device="meta") for _ in range(count)]
 
@@ -156,7 +206,7 @@ def test_the_kernels_of_single_exits(name, classes, target):
     function, arguments = OTHERS[name]
     (found,) = aot.launches(function, *arguments(metas(5, 64, classes)))
     compiled = aot.build(found, target)
-    assert not under_pressure(aot.examine(compiled, target))
+    assert aot.examine(compiled, target).spilled == 0
     if target == "sm_90":  # whole vectors, though the exit is chosen at run time
         assert set(aot.row_accesses(compiled.asm["ptx"], 8)["ld"]) == {16}
 

@@ -76,6 +76,7 @@ def test_every_kind_of_logits(kind):
 @pytest.fixture
 def sweeping(monkeypatch):
     """Blocks of 16 classes, none of which holds a row: every kernel sweeps."""
+    monkeypatch.setattr(table, "stacks", lambda *a: False)
     monkeypatch.setattr(table, "loss_plan", lambda *a: table.Plan(False, 1, 16, 4))
     monkeypatch.setattr(table, "row_plan", lambda *a: table.Plan(False, 2, 16, 4))
 
@@ -104,7 +105,7 @@ def test_sweeps(number, classes, sweeping):
 @pytest.fixture
 def stacking(monkeypatch):
     """Exits as an axis of the tile, however few; blocks of 16 classes."""
-    monkeypatch.setattr(table, "EXITS_APART", 0)
+    monkeypatch.setattr(table, "stacks", lambda *a: True)
     monkeypatch.setattr(table, "stacked_plan", lambda *a: table.Plan(False, 1, 16, 4))
 
 
@@ -122,6 +123,14 @@ STACKED = [
     ((2, 4, 9), {"target": None, "pairs": "deeper", "normalizer": 3.5, "upstream": -0.75}),
     ((1, 3, 1), {"pairs": "mutual"}),
     ((1, 3, 5), {"pairs": "deeper", "ignored": 1.0}),
+    ((3, 3, 20), {"pairs": "mutual", "teachers": 1, "pair_divergence": True}),
+]
+# And those of the options that are met pair by pair.
+STACKED += [
+    (shape, chosen)
+    for shape, chosen in CASES
+    if {"matrix", "rows", "reverse_kl", "jsd"} & {chosen.get("pairs"), chosen.get("divergence")}
+    or not chosen.get("detach_teacher", True)
 ]
 
 
@@ -140,6 +149,10 @@ def test_exits_as_an_axis_for_every_kind_of_logits(kind, stacking):
     ):
         chosen = {"kind": kind, "pairs": pairs, "dtype": dtype}
         check_loss(make_case(PLAIN | chosen, (3, 2, 21)), TRITON)
+    pairwise = ({"pairs": "matrix"}, {"divergence": "jsd"}, {"divergence": "reverse_kl"})[first:]
+    for chosen, dtype in zip(pairwise, DTYPES[1:], strict=False):
+        chosen = {"kind": kind, "pairs": "mutual", "detach_teacher": False, "dtype": dtype} | chosen
+        check_loss(make_case(PLAIN | chosen, (2, 2, 21)), TRITON)
 
 
 @pytest.mark.parametrize("pairs", ["mutual", "last", "deeper", "next", "matrix"])

@@ -16,6 +16,9 @@ PROBABILITIES = tl.constexpr(2)
 COUNT_LATER = tl.constexpr(0)
 COUNT_HERE = tl.constexpr(1)
 COUNTED = tl.constexpr(2)
+# What stands for a label out of range, and for that of a row which does not count.
+UNKNOWN = tl.constexpr(-1)
+IGNORED = tl.constexpr(-2)
 LABELS_AT_ONCE = tl.constexpr(1024)
 
 
@@ -103,13 +106,17 @@ def read_labels(
     for which nothing is read, and the class weight of the label."""
     valid = present
     known = present
-    y = tl.full(row.shape, -1, tl.int64)
+    y = tl.full(row.shape, UNKNOWN, tl.int32)
     poison = tl.zeros(row.shape, REAL)
     on_label = tl.zeros(row.shape, REAL)
     if TARGET == LABELS:
-        y = tl.load(label + row, mask=present, other=ignore_index)
-        valid = present & (y != ignore_index)
-        known = valid & (y >= 0) & (y < classes)
+        given = tl.load(label + row, mask=present, other=ignore_index)
+        counts = present & (given != ignore_index)
+        inside = counts & (given >= 0) & (given < classes)
+        # One number of 32 bits says it all, so that nothing wider is kept to the end.
+        y = tl.where(inside, given.to(tl.int32), tl.where(counts, UNKNOWN, IGNORED))
+        valid = y != IGNORED
+        known = y >= 0
         poison = tl.where(valid & (known == 0), float("nan"), 0.0).to(REAL)
         on_label = tl.where(known, 1.0, 0.0).to(REAL)
         if class_weight is not None:
@@ -117,15 +124,28 @@ def read_labels(
     return valid, y, known, poison, on_label
 
 
+@triton.jit
+def smoothing_of(
+    smoothing, classes, POINTERS: tl.constexpr, SMOOTH: tl.constexpr, REAL: tl.constexpr
+):
+    """(1) What label smoothing puts on every class, and what it leaves where it was."""
+    smooth = tl.zeros((), REAL)
+    keep = tl.full((), 1.0, REAL)
+    if SMOOTH:
+        spread = scalar(smoothing, POINTERS & 8, REAL)
+        smooth, keep = spread / classes, 1 - spread
+    return smooth, keep
+
+
 # (1) Cross entropy ------------------------------------------------------------------------------
 
 
 @triton.jit
-def mass_tile(
-    probability, probability_stride, class_weight, row, c, inside, classes, label, on_label,
-    smooth, keep, TARGET: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    """u: what the cross entropy puts on each class."""
+def mass_tile(mass, row, c, inside, classes, TARGET: tl.constexpr, REAL: tl.constexpr):
+    """u: what the cross entropy puts on each class. `mass` is all that says where: probabilities
+    and their stride, class weights, labels, the mass on a label, on every class, and what is left
+    of a probability."""
+    probability, probability_stride, class_weight, label, on_label, smooth, keep = mass
     weight = tl.full(c.shape, 1.0, REAL)
     if class_weight is not None:
         weight = tl.load(class_weight + c, mask=c < classes, other=0)
@@ -140,18 +160,15 @@ def mass_tile(
 
 @triton.jit
 def mass_total(
-    probability, probability_stride, class_weight, row, present, classes, label, on_label, smooth,
-    keep, TARGET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
+    mass, row, present, classes, TARGET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    REAL: tl.constexpr,
 ):  # fmt: skip
     """sum_c u_c of every row."""
     total = tl.zeros((ROWS, BLOCK), REAL)
     for b in range(0, tl.cdiv(classes, BLOCK)):
         c = b * BLOCK + tl.arange(0, BLOCK)
         inside = present[:, None] & (c < classes)[None, :]
-        total += mass_tile(
-            probability, probability_stride, class_weight, row, c, inside, classes, label,
-            on_label, smooth, keep, TARGET, REAL,
-        )  # fmt: skip
+        total += mass_tile(mass, row, c, inside, classes, TARGET, REAL)
     return tl.sum(total, 1)
 
 

@@ -36,10 +36,21 @@ DENSE = tl.constexpr(5)
 @triton.constexpr_function
 def share(pairs, exits, i):
     if pairs == 1:
-        return 1.0 / (exits - 1)
+        return 1.0 / max(exits - 1, 1)
     if pairs == 3 and i < exits - 1:
         return 1.0 / (exits - 1 - i)
     return 1.0
+
+
+@triton.jit
+def shares(k, PAIRS: tl.constexpr, K: tl.constexpr, REAL: tl.constexpr):
+    """(3) By what sum_j D_ij of a named weight is multiplied: a vector [WIDTH]."""
+    one = tl.full(k.shape, 1.0, REAL)
+    if PAIRS == MUTUAL:
+        one = one / tl.maximum(K - 1, 1)
+    elif PAIRS == DEEPER:
+        one = one / tl.maximum(K - 1 - k, 1)
+    return one
 
 
 @triton.constexpr_function

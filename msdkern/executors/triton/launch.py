@@ -25,6 +25,7 @@ from .loss import loss_kernel
 from .rows import GROUP
 from .softmax import scale_kernel, softmax_backward_kernel, softmax_kernel, statistics_kernel
 from .stacked import stacked_kernel
+from .stacked_pairs import FACTS
 from .tensors import (
     REAL,
     Exits,
@@ -109,16 +110,18 @@ class _Loss:
         kind = "direct" if direct or given.pairs == "none" else "general"
         double = self.real == torch.float64
         vector = min(z[0].step, 16 // self.like.element_size())
-        stacked = kind == "direct" and not matrix and given.pairs != "dense"
-        stacked = stacked and self.exits > table.EXITS_APART
+        by_pairs = kind == "general" or matrix or given.pairs == "dense"
+        way = "by pairs" if by_pairs else "by exits"
+        stacked = table.stacks(count, self.classes, vector, kind, way, double)
+        width = table.power_of_two(count if stacked else self.exits)
         if stacked:
-            plan = table.stacked_plan(self.exits, self.classes, double)
+            plan = table.stacked_plan(count, self.classes, way, double)
         else:
             plan = table.loss_plan(count, self.classes, vector, kind, double)
         programs = -(-self.rows // plan.rows)
         wants_gradient = any(g is not None for g in gradient)
         fields = 3 * self.exits + 2 + (self.exits * count if matrix else 0)
-        sums = group_sums = ticket = counts = None
+        sums = group_sums = ticket = counts = facts = None
         counting = COUNT_LATER
         with on_device(self.like):
             if self.form == SCALAR:
@@ -130,6 +133,8 @@ class _Loss:
                     counting = COUNT_HERE if self.rows <= LABELS_EACH else COUNTED
             if counting == COUNTED:
                 counts = self.count()
+            if stacked and by_pairs:
+                facts = self.new(programs, int(FACTS) * width)
             scalars, pointers = numbers(
                 (
                     given.temperature,
@@ -146,7 +151,7 @@ class _Loss:
                 tensors, strides, gradient, self.label, self.probability,
                 0 if self.probability is None else self.probability.stride(0),
                 given.class_weight, given.exit_weight, given.pair_weight, *upstream,
-                *scalars, *outputs, counts, sums, group_sums, ticket,
+                *scalars, *outputs, counts, sums, group_sums, ticket, facts,
                 given.ignore_index, self.rows, self.classes // z[0].step,
                 POINTERS=pointers, FORM=self.form, PAIRS=PAIR_CODES[given.pairs],
                 DIVERGENCE=DIVERGENCE_CODES[self.divergence] if divergent else 0,
@@ -156,7 +161,7 @@ class _Loss:
                 SMOOTH=given.label_smoothing != 0,
                 EXIT_ROWS=given.by_row[0], PAIR_ROWS=given.by_row[1],
                 RESIDENT=plan.resident, STEP=z[0].step, K=self.exits, COUNT=count,
-                WIDTH=table.power_of_two(self.exits), ROWS=plan.rows, BLOCK=plan.block,
+                WIDTH=width, ROWS=plan.rows, BLOCK=plan.block,
                 REAL=REAL[self.real], num_warps=plan.warps, **EXACT,
             )  # fmt: skip
 

@@ -46,6 +46,20 @@ def positive(x):
 
 
 @triton.jit
+def scales(
+    temperature, pair_scale, POINTERS: tl.constexpr, SQUARED: tl.constexpr,
+    DIVERGENT: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """(3) T, s, and 1 / T, which is 1 where there is no divergence."""
+    t = positive(scalar(temperature, POINTERS & 1, REAL))
+    scale = scalar(pair_scale, POINTERS & 2, REAL)
+    if SQUARED:
+        scale = scale * t * t
+    inverse_t = 1 / t if DIVERGENT else tl.full((), 1.0, REAL)
+    return t, scale, inverse_t
+
+
+@triton.jit
 def log_one_plus(x):
     """log(1 + x) for x > -1, accurate for small x: log u corrected by what 1 + x lost."""
     # A ratio of probabilities. Bounded, so that neither end makes inf - inf or 0 / 0.

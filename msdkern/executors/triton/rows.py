@@ -30,6 +30,22 @@ def in_exit(k, rows, row):
 
 
 @triton.jit
+def put(tile, k, x):
+    """x as column k of a tile [ROWS, WIDTH]. What there is of every exit and row is added up over
+    the rows, or stored, in one such tile: exit by exit, every sum would meet all warps anew."""
+    column = tl.arange(0, tile.shape[1])
+    return tl.where((column == k)[None, :], x[:, None], tile)
+
+
+@triton.jit
+def store_columns(pointer, tile, row, rows, present, K: tl.constexpr):
+    """[ROWS, WIDTH] to [K, N]."""
+    k = tl.arange(0, tile.shape[1])
+    inside = present[:, None] & (k < K)[None, :]
+    tl.store(pointer + in_exit(k[None, :], rows, row[:, None]), tile, mask=inside)
+
+
+@triton.jit
 def load_exits(
     z, strides, row, c, inside, COUNT: tl.constexpr, STEP: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of many exits: they are an axis of the tile, so that the code does not grow with them.
 
-Forward KL and soft cross entropy with detached teachers and named pair weights, in O(K). A program
-takes one sample; a tile is [WIDTH, BLOCK], exits by classes, and what the other kernel keeps of
-every exit by itself is one vector [WIDTH] here, spread over the threads. Classes are swept as
-there: once for the normalisers, then from the last block back to the first.
+Forward KL and soft cross entropy with detached teachers and named pair weights, in O(K); with a
+matrix of weights, and every other divergence, pair by pair in a loop. A program takes one sample; a
+tile is [WIDTH, BLOCK], exits and teachers by classes, and what the other kernel keeps of every exit
+by itself is one vector [WIDTH] here, spread over the threads. Classes are swept as there: once for
+the normalisers, then from the last block back to the first.
 """
 
 from __future__ import annotations
@@ -12,19 +13,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import LABELS, NO_TARGET, mass_tile, mass_total, mean_shares, read_labels
-from .divergences import DEEPER, LAST, MUTUAL, NEXT, NONE
-from .loss import finish
+from .batch import finish, store_counts
+from .cross_entropy import (
+    LABELS,
+    NO_TARGET,
+    mass_tile,
+    mass_total,
+    mean_shares,
+    read_labels,
+    smoothing_of,
+)
+from .divergences import DEEPER, DENSE, LAST, MUTUAL, NEXT, NONE, shares
 from .math import (
+    JSD,
     SOFT_CE,
     forward_kl_gradient,
     forward_kl_value,
     gap_between,
-    positive,
     scalar,
+    scales,
+    softmax_jacobian,
     weigh,
 )
 from .rows import at, batch_is_complete, gap_to
+from .stacked_pairs import (
+    FACTS,
+    any_teachers,
+    pairs_of,
+    softmax_tile,
+    store_facts,
+    store_pairs,
+)
 from .sweeps import LARGE, ROW_BACKWARD, SCALAR, label_gradient, swept_rows
 
 
@@ -61,13 +80,26 @@ def of_deepest(x, k, K: tl.constexpr):
 
 
 @triton.jit
-def softmax_tile(where, there, c, classes, m, inverse_t, inverse, REAL: tl.constexpr):
-    """x, e and q of one block of classes; e and q are 0 for exits that are not there."""
-    inside = there[:, None] & (c < classes)[None, :]
-    z = tl.load(where[:, None] + c[None, :], mask=inside, other=float("-inf")).to(REAL)
-    x = (z - m[:, None]) * inverse_t
-    e = tl.exp(x)
-    return x, e, e * inverse[:, None]
+def store_gradients(target, wanted, c, classes, valid, g):
+    """Rounded once; nothing on ignored rows."""
+    g = tl.where(valid[:, None], g, 0.0).to(target.dtype.element_ty)
+    inside = wanted[:, None] & (c < classes)[None, :]
+    tl.store(target[:, None] + c[None, :], g, mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+def stacked_tile(
+    where, learns, mass, block, row, present, classes, m, inverse_t, inverse,
+    TARGET: tl.constexpr, DENSE_TARGET: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """One block of classes: which they are, x, e and q of all exits, and u."""
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    x, e, q = softmax_tile(where, learns, c, classes, m, inverse_t, inverse, REAL)
+    u = tl.zeros((1, BLOCK), REAL)
+    if DENSE_TARGET:
+        inside = present[:, None] & (c < classes)[None, :]
+        u = mass_tile(mass, row, c, inside, classes, TARGET, REAL)
+    return c, x, e, q, u
 
 
 @triton.jit
@@ -133,22 +165,11 @@ def all_students(
 
 
 @triton.jit
-def share_of_pairs(k, PAIRS: tl.constexpr, K: tl.constexpr, REAL: tl.constexpr):
-    """(3) By what sum_j D_ij of a named weight is multiplied: a vector [WIDTH]."""
-    one = tl.full(k.shape, 1.0, REAL)
-    if PAIRS == MUTUAL:
-        one = one / (K - 1)
-    elif PAIRS == DEEPER:
-        one = one / tl.maximum(K - 1 - k, 1)
-    return one
-
-
-@triton.jit
 def stacked_kernel(
     z, strides, gradient, label, probability, probability_stride, class_weight, exit_weight,
     pair_weight, upstream_ce, upstream_divergence, temperature, pair_scale, normalizer, smoothing,
     beta, loss, cross_entropy, divergence, matrix, prediction, confidence, counts, sums,
-    group_sums, tickets, ignore_index, rows, class_steps,
+    group_sums, tickets, facts, ignore_index, rows, class_steps,
     POINTERS: tl.constexpr, FORM: tl.constexpr, PAIRS: tl.constexpr, DIVERGENCE: tl.constexpr,
     DETACH: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr, NORMALIZED: tl.constexpr,
     COUNTING: tl.constexpr, GRADIENT: tl.constexpr, MATRIX: tl.constexpr, TARGET: tl.constexpr,
@@ -156,25 +177,25 @@ def stacked_kernel(
     RESIDENT: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """Takes what `loss_kernel` takes; of a matrix of weights or of pairs, nothing is looked at."""
-    DIVERGENT: tl.constexpr = PAIRS != NONE
+    """Takes what `loss_kernel` takes, and memory for facts where pairs are met one by one."""
+    DIVERGENT: tl.constexpr = PAIRS != NONE or MATRIX
+    DIRECT: tl.constexpr = PAIRS == 0 or (DETACH and (DIVERGENCE == 0 or DIVERGENCE == 3))
     DENSE_TARGET: tl.constexpr = TARGET == 2 or (TARGET == 1 and SMOOTH)
-    FIELDS: tl.constexpr = 3 * K + 2
+    FIELDS: tl.constexpr = 3 * K + 2 + (K * COUNT if MATRIX else 0)
     classes = class_steps * STEP
     n = tl.program_id(0).to(tl.int64)
     row = n + tl.arange(0, 1)
     k = tl.arange(0, WIDTH)
-    where, there = stack(z, strides, n, k, K, STEP, 0)
+    where, there = stack(z, strides, n, k, COUNT, STEP, 0)
+    learns = k < K
     place = k.to(tl.int64) * rows + n
-    t = positive(scalar(temperature, POINTERS & 1, REAL))
-    scale = scalar(pair_scale, POINTERS & 2, REAL)
-    if SQUARED:
-        scale = scale * t * t
-    inverse_t = 1 / t if DIVERGENT else tl.full((), 1.0, REAL)
-    valid, y, known, poison, on_label = read_labels(
+    t, scale, inverse_t = scales(temperature, pair_scale, POINTERS, SQUARED, DIVERGENT, REAL)
+    b = inverse_t
+    if DIVERGENCE == JSD:
+        b = scalar(beta, POINTERS & 16, REAL)
+    valid, y, known, poison, label_weight = read_labels(
         label, class_weight, ignore_index, row, row < rows, classes, TARGET, REAL
     )
-    label_weight = on_label
     r_ce, r_row = mean_shares(
         label, class_weight, ignore_index, normalizer, counts, rows, classes, POINTERS, MEAN,
         NORMALIZED, COUNTING, REAL,
@@ -192,65 +213,74 @@ def stacked_kernel(
     inverse = 1 / s
     gap = gap_to(tl.sum(tl.where(k == K - 1, inverse, 0.0), 0), inverse)
     if FORM == SCALAR:
-        tl.store(confidence + place, 1 / one, mask=there)
+        tl.store(confidence + place, 1 / one, mask=learns)
         first = tl.where(index < 0, index + LARGE, index)
-        tl.store(prediction + place, first.to(tl.int64), mask=there)
+        tl.store(prediction + place, first.to(tl.int64), mask=learns)
 
     # (1) Cross entropies, and the scales of gradients.
-    smooth = tl.zeros((), REAL)
-    keep = tl.full((), 1.0, REAL)
+    smooth, keep = smoothing_of(smoothing, classes, POINTERS, SMOOTH, REAL)
+    on_label = label_weight * keep if DENSE_TARGET else label_weight
+    mass = (probability, probability_stride, class_weight, y, on_label, smooth, keep)
     total_mass = on_label
-    u = tl.zeros((1, BLOCK), REAL)
     if DENSE_TARGET:
-        if SMOOTH:
-            spread = scalar(smoothing, POINTERS & 8, REAL)
-            smooth, keep = spread / classes, 1 - spread
-        on_label = on_label * keep
-        total_mass = mass_total(
-            probability, probability_stride, class_weight, row, row < rows, classes, y, on_label,
-            smooth, keep, TARGET, 1, BLOCK, REAL,
-        )  # fmt: skip
+        total_mass = mass_total(mass, row, row < rows, classes, TARGET, 1, BLOCK, REAL)
     log_t, log_one = tl.log(s), tl.log(one)
-    up_ce, up_divergence = r_ce + 0 * one, r_row + 0 * one
+    up_ce, up_divergence = tl.broadcast_to(r_ce, k.shape), tl.broadcast_to(r_row, k.shape)
     if FORM == ROW_BACKWARD:
-        up_ce = tl.load(upstream_ce + place, mask=there, other=0)
-        up_divergence = tl.load(upstream_divergence + place, mask=there, other=0)
+        up_ce = tl.load(upstream_ce + place, mask=learns, other=0)
+        up_divergence = tl.load(upstream_divergence + place, mask=learns, other=0)
     a = tl.full((WIDTH,), 1.0, REAL)
     if exit_weight is not None:
-        a = tl.load(exit_weight + (place if EXIT_ROWS else k), mask=there, other=0)
+        a = tl.load(exit_weight + (place if EXIT_ROWS else k), mask=learns, other=0)
     ce = poison + 0 * m
     if TARGET == LABELS and not DENSE_TARGET:
-        z_y = tl.load(where + y, mask=there & known, other=0).to(REAL)
+        z_y = tl.load(where + y, mask=learns & known, other=0).to(REAL)
         ce = on_label * (log_one - (z_y - m)) + poison
     label_scale = a * up_ce if TARGET != NO_TARGET else 0 * one
     p_scale = label_scale * total_mass / one + poison
     u_scale = label_scale if DENSE_TARGET else label_scale * on_label
-    share = share_of_pairs(k, PAIRS, K, REAL)
-    pair_factor = up_divergence * scale * share * inverse_t
+    of_pairs = shares(k, PAIRS, K, REAL)
+    coefficient = up_divergence * scale * of_pairs
+    pair_factor = coefficient * inverse_t
+    if facts is not None:
+        facts += n * FACTS * WIDTH
+        store_facts(facts, k, m, inverse, gap, log_t, coefficient, WIDTH)
 
     # (2), (6) Divergences and gradients.
     value = tl.zeros((WIDTH, BLOCK), REAL)
+    total = tl.zeros((WIDTH, BLOCK), REAL)
     dense_ce = tl.zeros((WIDTH, BLOCK), REAL)
     back = t if DIVERGENT else 1.0  # from x at the temperature to x at 1
     blocks = tl.cdiv(classes, BLOCK)
-    if PAIRS == NEXT or PAIRS == DEEPER:
+    if DIRECT and (PAIRS == NEXT or PAIRS == DEEPER):
         after, has_next = stack(z, strides, n, k, K, STEP, 1)
         m_next, inverse_next = of_next(m, k), of_next(inverse, k)
     if GRADIENT:
         target, wanted = stack(gradient, (class_steps,) * K, n, k, K, STEP, 0)
     if PAIRS != NONE or GRADIENT or DENSE_TARGET:
-        for b in range(0, blocks):
-            c = (blocks - 1 - b) * BLOCK + tl.arange(0, BLOCK)
-            x, e, q = softmax_tile(where, there, c, classes, m, inverse_t, inverse, REAL)
+        for i in range(0, blocks):
+            c, x, e, q, u = stacked_tile(
+                where, learns, mass, blocks - 1 - i, row, row < rows, classes, m, inverse_t,
+                inverse, TARGET, DENSE_TARGET, BLOCK, REAL,
+            )  # fmt: skip
             if DENSE_TARGET:
-                u = mass_tile(
-                    probability, probability_stride, class_weight, row, c,
-                    (row < rows)[:, None] & (c < classes)[None, :], classes, y, on_label, smooth,
-                    keep, TARGET, REAL,
-                )  # fmt: skip
                 dense_ce += weigh(u, log_one[:, None] - x * back)
-            g = label_gradient(x, e, u, c, y, t, p_scale, u_scale, DIVERGENT, TARGET, DENSE_TARGET)
-            if PAIRS != NONE:
+            step = tl.zeros((WIDTH, BLOCK), REAL)
+            if not DIRECT:
+                v, h = pairs_of(
+                    z, strides, n, c, classes, facts, inverse_t, x, q, inverse, gap, log_t,
+                    coefficient, b, k, pair_weight, rows, PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, K,
+                    COUNT, WIDTH, STEP, REAL,
+                )  # fmt: skip
+                value += v
+                total += h
+            elif PAIRS == DENSE:
+                v, step = any_teachers(
+                    z, strides, n, c, classes, facts, inverse_t, x, q, inverse, gap, log_t, k,
+                    pair_weight, rows, PAIR_ROWS, DIVERGENCE, K, COUNT, WIDTH, STEP, REAL,
+                )  # fmt: skip
+                value += v
+            elif PAIRS != NONE:
                 x_next, q_next = x, q
                 if PAIRS == NEXT or PAIRS == DEEPER:
                     x_next, _, q_next = softmax_tile(
@@ -260,34 +290,51 @@ def stacked_kernel(
                     x, q, inverse, gap, log_t, x_next, q_next, k, PAIRS, DIVERGENCE, K
                 )
                 value += v
+            if GRADIENT and DIRECT:
+                g = label_gradient(
+                    x, e, u, c, y, t, p_scale, u_scale, DIVERGENT, TARGET, DENSE_TARGET
+                )
                 g = tl.fma(step, pair_factor[:, None], g)
-            if GRADIENT:
-                g = tl.where(valid[:, None], g, 0.0).to(target.dtype.element_ty)
-                inside = wanted[:, None] & (c < classes)[None, :]
-                tl.store(target[:, None] + c[None, :], g, mask=inside, cache_modifier=".cs")
+                store_gradients(target, wanted, c, classes, valid, g)
+    if GRADIENT and not DIRECT:
+        sum_h = tl.sum(total, 1)[:, None]
+        for i in range(0, blocks):
+            c, x, e, q, u = stacked_tile(
+                where, learns, mass, i, row, row < rows, classes, m, inverse_t,
+                inverse, TARGET, DENSE_TARGET, BLOCK, REAL,
+            )  # fmt: skip
+            _, h = pairs_of(
+                z, strides, n, c, classes, facts, inverse_t, x, q, inverse, gap, log_t,
+                coefficient, b, k, pair_weight, rows, PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, K,
+                COUNT, WIDTH, STEP, REAL,
+            )  # fmt: skip
+            g = softmax_jacobian(h, q, sum_h, inverse_t)
+            g += label_gradient(x, e, u, c, y, t, p_scale, u_scale, True, TARGET, DENSE_TARGET)
+            store_gradients(target, wanted, c, classes, valid, g)
 
     # (3) Sums.
     if DENSE_TARGET:
         ce = tl.sum(dense_ce, 1) + poison
     ce = tl.where(valid, ce, 0.0)
-    d = tl.where(valid, tl.sum(value, 1) * share * scale, 0.0)
+    d = tl.where(valid, tl.sum(value, 1) * of_pairs * scale, 0.0)
     mine = sums + n * FIELDS + k if FORM == SCALAR else sums
     if FORM == SCALAR:
-        tl.store(mine, ce, mask=there)
-        tl.store(mine + K, a * ce, mask=there)
-        tl.store(mine + 2 * K, d, mask=there)
-        counted = tl.where(valid, 1.0, 0.0).to(REAL)
-        weight = counted
-        if TARGET == LABELS and class_weight is not None:
-            weight = tl.where(valid, label_weight, 0.0)
-        last = sums + n * FIELDS + 3 * K + tl.arange(0, 1)
-        tl.store(last, counted)
-        tl.store(last + 1, weight)
+        tl.store(mine, ce, mask=learns)
+        tl.store(mine + K, a * ce, mask=learns)
+        tl.store(mine + 2 * K, d, mask=learns)
+        WEIGHTED: tl.constexpr = TARGET == LABELS and class_weight is not None
+        store_counts(sums + n * FIELDS + 3 * K, valid, label_weight, WEIGHTED)
+        if MATRIX:
+            store_pairs(
+                z, strides, n, where, learns, classes, facts, inverse_t, m, inverse, gap, log_t,
+                b, k, valid, sums + n * FIELDS + 3 * K + 2, DIVERGENCE, K, COUNT, WIDTH, BLOCK,
+                STEP, REAL,
+            )  # fmt: skip
         if batch_is_complete(sums, group_sums, tickets, FIELDS):
             finish(
                 group_sums, loss, cross_entropy, divergence, matrix, r_row, MEAN, NORMALIZED,
-                False, K, COUNT, WIDTH, FIELDS,
+                MATRIX, K, COUNT, WIDTH, FIELDS,
             )  # fmt: skip
     elif FORM != ROW_BACKWARD:
-        tl.store(cross_entropy + place, a * ce, mask=there)
-        tl.store(divergence + place, d, mask=there)
+        tl.store(cross_entropy + place, a * ce, mask=learns)
+        tl.store(divergence + place, d, mask=learns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_entropy import LABELS
+from .cross_entropy import LABELS, mass_tile
 from .divergences import (
     DEEPER,
     DENSE,
@@ -23,7 +23,6 @@ from .divergences import (
     only_teacher,
     pair_tile,
     pairs_of,
-    share,
     teachers_of,
 )
 from .math import (
@@ -34,12 +33,17 @@ from .math import (
     softmax_jacobian,
     weigh,
 )
-from .rows import add, at, close, first_class, in_exit, load_exits
+from .rows import add, at, close, first_class, load_exits, put, store_columns
 
 SCALAR = tl.constexpr(0)
 ROW_LOSSES = tl.constexpr(1)
 ROW_BACKWARD = tl.constexpr(2)
 LARGE = tl.constexpr(1 << 30)  # beyond every class
+
+
+@triton.constexpr_function
+def power_of_two(n):
+    return 1 << (int(n) - 1).bit_length()
 
 
 # Softmaxes --------------------------------------------------------------------------------------
@@ -128,31 +132,57 @@ def exponentials(z, m, inverse_t, COUNT: tl.constexpr):
 
 
 @triton.jit
-def store_cross_entropy(
-    ce, a, k: tl.constexpr, valid, present, row, rows, row_losses, mine, FORM: tl.constexpr,
-    K: tl.constexpr,
+def swept_tile(
+    z, strides, m, mass, block, row, present, classes, inverse_t, TARGET: tl.constexpr,
+    DENSE_TARGET: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """At once: what is stored no longer takes registers."""
-    ce = tl.where(valid, ce, 0.0)
-    if FORM == SCALAR:
-        tl.store(mine + k, tl.sum(ce, 0))
-        tl.store(mine + K + k, tl.sum(a * ce, 0))
-    else:
-        tl.store(row_losses + in_exit(k, rows, row), a * ce, mask=present)
+    """One block of classes: which they are and whether they are there, x and e of all exits, u."""
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    inside = present[:, None] & (c < classes)[None, :]
+    tile = load_exits(z, strides, row, c, inside, COUNT, STEP, REAL)
+    x, e = exponentials(tile, m, inverse_t, COUNT)
+    u = tl.zeros((ROWS, BLOCK), REAL)
+    if DENSE_TARGET:
+        u = mass_tile(mass, row, c, inside, classes, TARGET, REAL)
+    return c, inside, x, e, u
 
 
 @triton.jit
-def store_divergence(
-    d, scale, k: tl.constexpr, valid, present, row, rows, row_losses, mine, PAIRS: tl.constexpr,
+def store_predictions(
+    one, index, confidence, prediction, row, rows, present, K: tl.constexpr, WIDTH: tl.constexpr
+):
+    """(7) 1 / sum_c exp(z_c - max z), and the class that argmax names."""
+    p = tl.zeros((row.shape[0], WIDTH), one[0].dtype)
+    first = tl.zeros((row.shape[0], WIDTH), tl.int32)
+    for k in tl.static_range(K):
+        p = put(p, k, 1 / one[k])
+        first = put(first, k, tl.where(index[k] < 0, index[k] + LARGE, index[k]))
+    store_columns(confidence, p, row, rows, present, K)
+    store_columns(prediction, first.to(tl.int64), row, rows, present, K)
+
+
+@triton.jit
+def store_losses(
+    losses, valid, present, row, rows, row_losses, mine, field: tl.constexpr,
     FORM: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """(3) s sum_j W_kj D_kj of every row."""
-    if FORM != ROW_BACKWARD:
-        d = tl.where(valid, d * share(PAIRS, K, k) * scale, 0.0)
-        if FORM == SCALAR:
-            tl.store(mine + 2 * K + k, tl.sum(d, 0))
-        else:
-            tl.store(row_losses + in_exit(k, rows, row), d, mask=present)
+    """Losses [ROWS, WIDTH] of every row, or their sums, at `field` of the program's."""
+    losses = tl.where(valid[:, None], losses, 0.0)
+    if FORM == SCALAR:
+        k = tl.arange(0, losses.shape[1])
+        tl.store(mine + field + k, tl.sum(losses, 0), mask=k < K)
+    else:
+        store_columns(row_losses, losses, row, rows, present, K)
+
+
+@triton.jit
+def store_cross_entropies(
+    ce, weighted, valid, present, row, rows, row_losses, mine, FORM: tl.constexpr, K: tl.constexpr
+):
+    if FORM == SCALAR:
+        store_losses(ce, valid, present, row, rows, row_losses, mine, 0, FORM, K)
+    store_losses(weighted, valid, present, row, rows, row_losses, mine, K, FORM, K)
 
 
 # One tile of all exits --------------------------------------------------------------------------
@@ -186,15 +216,15 @@ def label_gradient(
 @triton.jit
 def direct_tile(
     x, e, u, c, inside, value, inverse, gap, log_t, pair_factor, p_scale, u_scale, temperature,
-    label, valid, gradient, pair_weight, row, rows, class_steps, scale, present,
-    row_losses, mine, FORM: tl.constexpr,
-    PAIRS: tl.constexpr, PAIR_ROWS: tl.constexpr, DIVERGENCE: tl.constexpr,
-    DIVERGENT: tl.constexpr, TARGET: tl.constexpr, DENSE_TARGET: tl.constexpr, K: tl.constexpr,
-    COUNT: tl.constexpr, STEP: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr,
+    label, valid, gradient, pair_weight, row, rows, class_steps, PAIRS: tl.constexpr,
+    PAIR_ROWS: tl.constexpr, DIVERGENCE: tl.constexpr, DIVERGENT: tl.constexpr,
+    TARGET: tl.constexpr, DENSE_TARGET: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
+    STEP: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """(2), (6) Values of forward KL or soft cross entropy with detached teachers, and the whole
-    gradient. From the deepest exit to the shallowest, so that sums over deeper exits are running
-    sums: O(K), but for a matrix of weights."""
+    gradient. Values are a tuple of tiles, summed per lane (WIDE), or columns [ROWS, WIDTH]. From
+    the deepest exit to the shallowest, so that sums over deeper exits are running sums: O(K), but
+    for a matrix of weights."""
     deepest = x[K - 1]
     # Any finite reference is as good where the deepest exit's class is masked.
     deepest = tl.where(deepest == float("-inf"), 0.0, deepest)
@@ -239,22 +269,7 @@ def direct_tile(
         if WIDE:
             found = found + (value[i] + tile if PAIRS != NONE else value[i],)
         else:
-            # At once: what is stored no longer takes registers.
-            store_divergence(
-                tl.sum(tile, 1),
-                scale,
-                i,
-                valid,
-                present,
-                row,
-                rows,
-                row_losses,
-                mine,
-                PAIRS,
-                FORM,
-                K,
-            )
-            found = found + (value[i],)
+            value = put(value, i, tl.sum(tile, 1))
         if gradient[i] is not None:
             g = label_gradient(
                 x[i], e[i], u, c, label, temperature, p_scale[i], u_scale[i], DIVERGENT, TARGET,
@@ -263,10 +278,11 @@ def direct_tile(
             if PAIRS != NONE:
                 g = tl.fma(step, pair_factor[i][:, None], g)
             store_gradient(gradient[i], row, c, inside, valid, class_steps, g, STEP, WIDE)
-    result = ()
-    for i in tl.static_range(K):
-        result = result + (found[K - 1 - i],)
-    return result
+    if WIDE:
+        value = ()
+        for i in tl.static_range(K):
+            value = value + (found[K - 1 - i],)
+    return value
 
 
 @triton.jit
@@ -315,6 +331,18 @@ def close_all(totals, K: tl.constexpr, WIDE: tl.constexpr):
     result = ()
     for k in tl.static_range(K):
         result = result + (close(totals[k], WIDE),)
+    return result
+
+
+@triton.jit
+def columns_of(
+    totals, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, REAL: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums of K exits, per lane (WIDE) or per row, as one tile [ROWS, WIDTH]."""
+    result = tl.zeros((ROWS, WIDTH), REAL)
+    for k in tl.static_range(K):
+        result = put(result, k, close(totals[k], WIDE))
     return result
 
 

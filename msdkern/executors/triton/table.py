@@ -34,10 +34,13 @@ SWEEPS = {
     "general": ((4, 512, 8), (64, 256, 8)),
 }
 CLASSES_PER_WARP = 32  # at least, in a sweep
-# More exits than so many are an axis of the tile, where the formulas are O(K); the elements of such
-# a tile, and of a thread's part of it.
-EXITS_APART = 16
-STACKED, STACKED_EACH = 2048, 8
+# More exits than so many, of which registers hold all, or one step of a sweep, are an axis of the
+# tile, whether the formulas are O(K) or go pair by pair, whose code would grow with the square.
+EXITS_APART = {"by exits": (16, 16), "by pairs": (8, 5)}
+FEW_CLASSES = 256  # up to which so many exits as registers do not hold are such an axis, too
+# Elements of such a tile, for so many warps.
+STACKED = {"by exits": 2048, "by pairs": 1024}
+STACKED_WARPS = 8
 # The same for kernels that see one exit at a time.
 ONE_EXIT = ((512, 4), (2048, 4), (8192, 8))
 ONE_EXIT_SWEEP = (4096, 8)
@@ -73,11 +76,20 @@ def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def stacked_plan(exits: int, classes: int, double: bool) -> Plan:
-    block = STACKED // (power_of_two(exits) * (2 if double else 1))
-    block = max(1, min(block, power_of_two(classes)))
-    warps = block * power_of_two(exits) // (THREADS * STACKED_EACH)
-    return Plan(False, 1, block, max(1, warps))
+def stacks(exits: int, classes: int, vector: int, kind: str, way: str, double: bool) -> bool:
+    """Whether exits are an axis of the tile: where they are many, or where few classes do not
+    stay in registers, which would be swept in steps of a few numbers per thread."""
+    resident = loss_plan(exits, classes, vector, kind, double).resident
+    held, swept = EXITS_APART[way]
+    return exits > held if resident else exits > swept or classes <= FEW_CLASSES
+
+
+@functools.lru_cache(maxsize=4096)
+def stacked_plan(exits: int, classes: int, way: str, double: bool) -> Plan:
+    """`exits` counts external teachers."""
+    width, most = power_of_two(exits), STACKED[way] // (2 if double else 1)
+    block = max(1, min(most // width, power_of_two(classes)))
+    return Plan(False, 1, block, max(1, STACKED_WARPS * block * width // STACKED[way]))
 
 
 @functools.lru_cache(maxsize=4096)
