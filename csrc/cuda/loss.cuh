@@ -183,7 +183,7 @@ struct LossKernel {
     }
     MSDKERN_DEVICE void softmaxes(bool predicts) {
         if constexpr (Home::kTile)
-            Tile<S, Home>{s, home}.softmaxes(predicts);
+            TileSums<S, Home>{s, home}.softmaxes(predicts);
         else
             s.softmaxes(home, predicts);
     }

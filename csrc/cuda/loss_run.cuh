@@ -31,8 +31,7 @@ class Chooser {
           rows_(call.exits + call.teachers),
           labels_(!call.target && call.label_smoothing == 0),
           tile_(!general && sizeof(S) <= 4 && call.divergence == MSDKERN_FORWARD_KL &&
-                all_or_none() && rows_ <= (call.pairs == MSDKERN_PAIRS_DENSE ? 4 : kMostTiled) &&
-                (rows_ <= 4 || call.exits > 4)) {
+                rows_ <= kMostTiled && (rows_ <= 4 || call.exits > 4) && shallow_learn()) {
         plan_.vector = true;
         for (int r = 0; r < rows_; ++r)
             plan_.vector &= on_vectors<S>(call.logits[r], call.stride[r]);
@@ -58,11 +57,13 @@ class Chooser {
         const int64_t step = int64_t(kVector<S>) * rung.lanes * rung.blocks;
         return (call_.classes + step - 1) / step;
     }
-    // Gradients of every exit, or of none.
-    bool all_or_none() const {
-        int wanted = 0;
-        for (int k = 0; k < call_.exits; ++k) wanted += call_.gradient[k] != nullptr;
-        return wanted == 0 || wanted == call_.exits;
+    // Gradients of no exit, of every one, or of all but the deepest: as many as the sweeps store at
+    // least (homes.cuh).
+    bool shallow_learn() const {
+        int first = 0, all = 0;
+        while (first < call_.exits && call_.gradient[first]) ++first;
+        for (int k = 0; k < call_.exits; ++k) all += call_.gradient[k] != nullptr;
+        return all == 0 || (first == all && (rows_ <= 4 || first >= 4));
     }
     template <size_t kCount>
     bool climb(const Rung (&ladder)[kCount], Choice &choice) {

@@ -95,6 +95,7 @@ struct Sample {
     RowState<Real> *state;
     Real *weight;  // W[exits][rows], share included
     const int exits, rows;
+    int learners = 0;             // exits before the first that gets no gradient
     Real inverse_t, scale, rate;  // rate: log2(e) / T
     int power;                    // T where it is 1, 2, 3 or 4
     bool divergent, dense_target, gradient;
@@ -127,6 +128,7 @@ struct Sample {
         dense_target = c.target || (c.label && c.label_smoothing != 0);
         gradient = false;
         for (int k = 0; k < exits; ++k) gradient |= c.gradient[k] != nullptr;
+        while (learners < exits && c.gradient[learners]) ++learners;
     }
     static MSDKERN_DEVICE Real *weight_at(unsigned char *memory, const msdkern_loss &c) {
         return reinterpret_cast<Real *>(memory + sizeof(RowState<Real>) * (c.exits + c.teachers));

@@ -34,6 +34,7 @@ MOST = 8  # exits of the sweeps that are counted
 # must be there, lest the count be of something else.
 ALWAYS = (
     ("tile.cuh", r"s\.template dense<Home>\(\)", "false"),
+    ("tile_sums.cuh", r"s\.template dense<Home>\(\)", "false"),
     ("tile.cuh", r"\bs\.gradient\b(?!_)", "true"),
     ("tile.cuh", r"next < s\.call\.rows", "true"),
     (
@@ -72,6 +73,7 @@ class Kernel:
             *ALWAYS,
             ("tile.cuh", r"s\.call\.pairs", f"MSDKERN_PAIRS_{PAIRS[self.pair]}"),
             ("tile.cuh", r"switch \(s\.power\)", f"switch ({self.power})"),
+            ("tile_sums.cuh", r"switch \(s\.power\)", f"switch ({self.power})"),
             ("tile.cuh", r"\bs\.divergent\b", divergent),
         )
         for name, pattern, text in edits:
@@ -107,7 +109,7 @@ def cost(kernel: Kernel) -> Cost:
     found = [Sweep.of(code, begin, end) for begin, end in loops(code)]
     busy = [s for s in found if s["MUFU.EX2"] >= 8]  # and not one row's scalars
     last = _smallest(s for s in busy if s["STG.128"])
-    half = _smallest(s for s in busy if s["STS"] and not s["STG"])
+    half = _smallest(s for s in busy if last.begin < s.begin <= s.end < last.end and not s["STG"])
     # The loop over the halves of a chunk goes round twice for each time of the loop over chunks.
     total = [s + h for s, h in zip(last.totals(), half.totals(), strict=True)]
     sweeps = [(total, kernel.rows * kernel.vector)]
@@ -124,9 +126,12 @@ def cost(kernel: Kernel) -> Cost:
 class Sweep(Counter[str]):
     """How often each instruction is in a loop: `LDS`, and `LDS.128` where that is its width."""
 
+    begin = end = 0
+
     @classmethod
     def of(cls, code: list[tuple[int, str]], begin: int, end: int) -> Sweep:
         sweep = cls()
+        sweep.begin, sweep.end = begin, end
         for address, text in code:
             if begin <= address <= end:
                 name, *modifiers = text.split()[0].split(".")

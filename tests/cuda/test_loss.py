@@ -46,6 +46,7 @@ RUNGS = {
     "a warp": (8, 3, 128),
     "8 lanes, tiled": (3, 6, 101),
     "a warp, tiled": (6, 5, 256),
+    "a warp, all rows, tiled": (8, 3, 200),
     "a block, tiled": (7, 4, 1000),
     "a block, few exits": (2, 4, 2048),
     "8 lanes, shared": (9, 5, 32),
@@ -64,6 +65,25 @@ def test_every_rung(on_cuda, rung, dtype, pairs):
     if shape[2] > 2048 and pairs not in ("mutual", "matrix"):
         pytest.skip("the sweep is that of the smaller shapes")
     check_loss(make_case(PLAIN | {"dtype": dtype, "pairs": pairs}, shape), ["cuda"])
+
+
+# All shallow exits learn, as beside a frozen classifier: the sweeps of tile.cuh. Others: not.
+@pytest.mark.parametrize("shape", [(6, 3, 64), (5, 3, 301), (4, 5, 96)])
+@pytest.mark.parametrize("without", [(-1,), (-2, -1), (0,)])
+def test_exits_that_need_no_gradient(on_cuda, shape, without):
+    case = make_case(PLAIN, shape)
+    every, some = ([x.clone() for x in case.problem.logits] for _ in range(2))
+    still = [k % shape[0] for k in without]
+    for k in range(shape[0]):
+        every[k].requires_grad_()
+        some[k].requires_grad_(k not in still)
+    for z in (every, some):
+        msdkern.multi_exit_loss(z, **case.problem.options).loss.backward()
+    for k in range(shape[0]):
+        if k in still:
+            assert some[k].grad is None
+        else:
+            torch.testing.assert_close(some[k].grad, every[k].grad, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("order", ["lifo", "1", "2", "3", "4", "5"])
