@@ -73,13 +73,16 @@ class Chooser {
         }
         return false;
     }
+    bool short_for(const Rung &rung) const {
+        return call_.classes * 2 <= int64_t(kVector<S>) * rung.lanes * rung.blocks;
+    }
     bool serves(const Rung &rung) const {
         const bool lean = labels_ && call_.pairs != MSDKERN_PAIRS_DENSE;
         if (tile_ && rung.home != Home::kShared && !lean) return false;
         if (rung.home == Home::kRegisters && !(plan_.vector && call_.classes % kVector<S> == 0))
             return false;
         if (rung.rows && rows_ > rung.rows) return false;
-        if (rung.blocks > 1 && !machine_.clusters) return false;
+        if (rung.blocks > 1 && (!machine_.clusters || short_for(rung))) return false;
         return !rung.chunks || chunks(rung) <= rung.chunks;
     }
     bool lay_out(Choice &choice) {
