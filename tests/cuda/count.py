@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instructions per logit of the loss on executor `cuda`, from the machine code of its sweeps.
 
-A copy of csrc/ in which every branch that a call decides is decided is compiled for sm_90; the loops
-over classes are found in it and counted.
+A copy of csrc/ in which every branch that a call decides is decided is compiled for sm_90; the
+loops over classes are found in it and counted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ TYPES = {"float32": "float", "bfloat16": "bfloat", "float16": "__half"}
 PAIRS = {"mutual": "MUTUAL", "last": "LAST", "dense": "DENSE", "none": "NONE"}
 HELD, MOST_HELD = 4, 8  # rows of the two tiles
 
+Code = list[tuple[int, str]]
 Edit = tuple[str, str, str]  # file, pattern, text
 # Each pattern must be there, lest the count be of something else.
 WHOLE_CHUNKS: Edit = ("rows.cuh", r"return vector && first\(i\) \+ V <= classes;", "return true;")
@@ -120,7 +121,7 @@ class Cost:
     row: float = 0
 
 
-def spans(kernel: Kernel) -> tuple[list[tuple[int, str]], list[Span]]:
+def spans(kernel: Kernel) -> tuple[Code, list[Span]]:
     """The machine code, and every loop."""
     with tempfile.TemporaryDirectory(prefix="msdkern-count-") as name:
         folder = Path(name)
@@ -139,11 +140,12 @@ def cost(kernel: Kernel) -> Cost:
 def _row_loop(found: list[Span], move: str, exponentials: int) -> tuple[Span, Span]:
     """The loop over rows that ends in shuffles, and the one over a row's classes in it."""
     for around in sorted((s for s in found if s["SHFL"]), key=lambda s: s["all"]):
+        if bool(exponentials) != bool(around["MUFU.EX2"]):
+            continue
         classes = [
             s
             for s in inside(found, around)
-            if s[move] and not s["ATOMS"] and (s["MUFU.EX2"] >= exponentials > 0 or
-            not exponentials and not around["MUFU.EX2"])
+            if s[move] and not s["ATOMS"] and s["MUFU.EX2"] >= exponentials
         ]
         if classes:
             return around, smallest(classes)
@@ -162,10 +164,10 @@ class Total:
         self.exponentials += (span["MUFU.EX2"] - less["MUFU.EX2"]) / logits
 
 
-def _row_sums(kernel: Kernel, code: list[tuple[int, str]], found: list[Span], total: Total) -> float:
-    """The loops over one row's classes before the last sweep: the maximum and the sums. Returns what
-    a row takes besides: shuffles above all. The class that is predicted is rarely looked for, and
-    teams of less than a warp have other shuffles, with MATCH."""
+def _row_sums(kernel: Kernel, code: Code, found: list[Span], total: Total) -> float:
+    """The loops over one row's classes before the last sweep: the maximum and the sums. Returns
+    what a row takes besides: shuffles above all. The class that is predicted is rarely looked for,
+    and teams of less than a warp have other shuffles, with MATCH."""
     move = "LDG.128" if kernel.home == "Streamed" else "LDS.128"
     row = 0.0
     for exponentials in (True,) if kernel.home == "Streamed" else (False, True):
@@ -176,7 +178,7 @@ def _row_sums(kernel: Kernel, code: list[tuple[int, str]], found: list[Span], to
     return row
 
 
-def _held(kernel: Kernel, code: list[tuple[int, str]], found: list[Span]) -> Cost:
+def _held(kernel: Kernel, code: Code, found: list[Span]) -> Cost:
     """Some classes of all exits at once."""
     total = Total()
     busy = [s for s in found if s["MUFU.EX2"] >= 8]  # and not one row's scalars
@@ -190,7 +192,7 @@ def _held(kernel: Kernel, code: list[tuple[int, str]], found: list[Span]) -> Cos
     return Cost(total.slots, total.exponentials, row=row)
 
 
-def _one_by_one(kernel: Kernel, code: list[tuple[int, str]], found: list[Span]) -> Cost:
+def _one_by_one(kernel: Kernel, code: Code, found: list[Span]) -> Cost:
     """Exit after exit, or pair after pair. A loop goes over a chunk of one row."""
     total, pair = Total(), Total()
     row = _row_sums(kernel, code, found, total)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions per logit of the loss on executor `triton`, from the binaries that it would launch."""
+"""Instructions per logit of the loss on executor `triton`, from the binaries it would launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import torch
 
 from msdkern.executors.triton import launch
-from tests.cuda.sass import Span, instructions, loops
+from tests.cuda.sass import Span, inside, instructions, loops
 from tests.executors import aot
 
 ROWS = 65536  # of the launch that is recorded: labels are counted by a launch before
@@ -80,4 +80,5 @@ def _sweeps(code: list[tuple[int, str]], end: int) -> list[Span]:
     """The loops over classes."""
     found = [Span.of(code, first, last) for first, last in loops(code) if last < end]
     busy = [s for s in found if s["MUFU.EX2"]]
-    return [s for s in busy if not any(o is not s and o.begin <= s.begin <= s.end <= o.end for o in busy)]
+    nested = [s for outer in busy for s in inside(busy, outer)]
+    return [s for s in busy if not any(s is n for n in nested)]

@@ -19,6 +19,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 from bench.cases import CASES, Case
+from msdkern.executors import order
 from tests.cuda import count_triton
 from tests.cuda.count import BYTES, HELD, MOST_HELD, Cost, Kernel, cost
 from tests.cuda.sass import CSRC
@@ -128,10 +129,11 @@ def kernel_of(case: Case, divergence: str = "forward_kl") -> Kernel:
     pair = "dense" if case.pair == "teacher" else case.pair
     t = case.temperature if pair != "none" else 1.0
     power = int(t) if t in (1.0, 2.0, 3.0, 4.0) else 0
-    size = (HELD if rows <= HELD else MOST_HELD) if held else 0
     rung, _ = rung_of(case, held)
     home = "Streamed" if held and rung.home == "Global" else "Tiled"
-    return Kernel(case.dtype, MOST_HELD if home == "Streamed" else size, pair, power, divergence, home)
+    few = rows <= HELD and home == "Tiled"
+    size = (HELD if few else MOST_HELD) if held else 0
+    return Kernel(case.dtype, size, pair, power, divergence, home)
 
 
 def cuda_work(case: Case, kernel: Kernel, spent: Cost) -> Work:
@@ -248,9 +250,29 @@ def table(wanted: list[tuple[Case, str]]) -> list[str]:
     return [*HEADER, *map(line, predictions(wanted))]
 
 
+def regions() -> list[str]:
+    """The rows of order.py as they are predicted now, in Python."""
+    rows = order.REGIONS["cuda"]
+    wanted = []
+    for row in rows:
+        exits, n, classes, dtype = row.at
+        pair = "dense" if row.kind == "matrix" else "mutual"
+        divergence = "jsd" if row.kind == "jsd" else "forward_kl"
+        wanted.append((Case(row.kind, exits, n, classes, pair, dtype=dtype), divergence))
+    lines = []
+    for row, p in zip(rows, predictions(wanted), strict=True):
+        cuda, triton = (round(1e6 * p.seconds(name), 1) for name in ("cuda", "triton"))
+        now = row._replace(first=order.faster(cuda, triton), cuda=cuda, triton=triton)
+        lines.append(order.source(now))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cuda.predict", description=__doc__)
-    parser.parse_args()
+    parser.add_argument("--regions", action="store_true", help="the rows of executors/order.py")
+    if parser.parse_args().regions:
+        print("\n".join(regions()))
+        return
     cases = [c for c in CASES.values() if c.device == "cuda" and c.family == "loss"]
     print("\n".join(table([(c, "forward_kl") for c in cases])))
 
