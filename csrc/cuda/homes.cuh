@@ -12,7 +12,8 @@ namespace msdkern {
 // How a call was laid out by the host (launch.h).
 struct Plan {
     int lanes, teams, blocks;  // threads per team and block, teams per block, blocks per team
-    bool vector;               // rows of logits and gradients all begin on 16 bytes
+    bool vector;               // all rows of a sample lie alike to multiples of 16 bytes (Cut)
+    int lead, turn, spare;     // classes by which row 0 begins behind one, and row n + 1 more; most
     bool keeps;                // exponentials too
     bool tile, general;        // the sweeps of tile.cuh; pair by pair
     int fields;                // doubles that a team adds up over its samples

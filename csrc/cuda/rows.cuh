@@ -128,26 +128,31 @@ struct Team {
 };
 
 // How a row's classes are dealt to a team: chunk i of a member is kVector classes. They are
-// neighbours where rows begin on 16 bytes; elsewhere the members take turns, one class each, so
-// that loads of single elements are neighbours across the warp.
+// neighbours, 16 bytes that begin on a multiple of 16, where the rows of a sample all begin equally
+// far behind one: the first chunk is then `lead` classes short, and `spare` says how many that may
+// be. Elsewhere the members take turns, one class each, so that loads of single elements are
+// neighbours across the warp.
 template <class S>
 struct Cut {
     static constexpr int V = kVector<S>;
-    int classes, member, members, chunks;
+    int classes, members, chunks, own, start;
     bool vector;
-    MSDKERN_DEVICE Cut(const Team &team, int64_t classes_, bool vector_)
+    MSDKERN_DEVICE Cut(const Team &team, int64_t classes_, bool vector_, int spare = 0)
         : classes(int(classes_)),
-          member(team.member()),
           members(team.members()),
-          chunks(int((classes_ + int64_t(V) * members - 1) / (int64_t(V) * members))),
+          chunks(int((classes_ + spare + int64_t(V) * members - 1) / (int64_t(V) * members))),
+          own(team.member() * (vector_ ? V : 1)),
+          start(own),
           vector(vector_) {}
-    MSDKERN_DEVICE int first(int i) const {
-        return vector ? (i * members + member) * V : i * members * V + member;
-    }
+    MSDKERN_DEVICE void lead(int by) { start = own - by; }
+    MSDKERN_DEVICE int first(int i) const { return i * members * V + start; }
     MSDKERN_DEVICE int step() const { return vector ? 1 : members; }
-    MSDKERN_DEVICE bool whole(int i) const { return vector && first(i) + V <= classes; }
+    MSDKERN_DEVICE bool has(int c) const { return unsigned(c) < unsigned(classes); }
+    MSDKERN_DEVICE bool whole(int i) const {
+        return vector && has(first(i)) && first(i) + V <= classes;
+    }
 
-    // Classes beyond the row are `fill`.
+    // Classes outside the row are `fill`.
     template <class T>
     MSDKERN_DEVICE uint4 load(const T *row, int i, float fill) const {
         if (whole(i)) return __ldcs(reinterpret_cast<const uint4 *>(row + first(i)));
@@ -155,7 +160,7 @@ struct Cut {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const int c = first(i) + v * step();
-            if (c < classes)
+            if (has(c))
                 x[v] = row[c];
             else
                 round_to(RealOf<T>(fill), x[v]);
@@ -200,7 +205,7 @@ struct Cut {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const int c = first(i) + v * step();
-            if (c < classes) row[c] = y[v];
+            if (has(c)) row[c] = y[v];
         }
     }
 };

@@ -35,6 +35,8 @@ struct Tile {
     MSDKERN_DEVICE void sweep(int64_t next) {
         if (!s.divergent && !s.gradient) return;
         Real values[kRows] = {};
+        Cut<S> coming = s.cut;
+        coming.lead(s.lead(next));
         each<Home::kChunks>(s.cut.chunks, [&](int j) {
             const int i = Home::kOnline ? s.cut.chunks - 1 - j : j;
             if (Home::kOnline) rows(s.rows, [&](int r) { home.fetch(s.cut, from(r), r, i); });
@@ -43,7 +45,8 @@ struct Tile {
                 each<kRows, Home::kLearn>(s.learners, [&](int k) {
                     home.store(s.cut, static_cast<S *>(s.state[k].to), k, i);
                 });
-            if (next < s.call.rows) rows(s.rows, [&](int r) { home.refill(s.cut, from(r), r, i); });
+            if (next < s.call.rows)
+                rows(s.rows, [&](int r) { home.refill(coming, from(r), r, i); });
         });
         home.filled();
         if (s.divergent) finish(values);

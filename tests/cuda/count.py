@@ -23,7 +23,11 @@ HELD, MOST_HELD = 4, 8  # rows of the two tiles
 Code = list[tuple[int, str]]
 Edit = tuple[str, str, str]  # file, pattern, text
 # Each pattern must be there, lest the count be of something else.
-WHOLE_CHUNKS: Edit = ("rows.cuh", r"return vector && first\(i\) \+ V <= classes;", "return true;")
+WHOLE_CHUNKS: Edit = (
+    "rows.cuh",
+    r"return vector && has\(first\(i\)\) && first\(i\) \+ V <= classes;",
+    "return true;",
+)
 IN_TILE: tuple[Edit, ...] = (
     ("tile.cuh", r"s\.template dense<Home>\(\)", "false"),
     ("tile_sums.cuh", r"s\.template dense<Home>\(\)", "false"),
