@@ -214,7 +214,7 @@ def predictions(wanted: list[tuple[Case, str]]) -> list[Prediction]:
     kernels = [kernel_of(case, divergence) for case, divergence in wanted]
     several = sorted(set(kernels), key=repr)
     binaries = [
-        (c.exits, c.classes, c.dtype, "dense" if c.pair == "teacher" else c.pair, d)
+        (c.exits + c.teachers, c.classes, c.dtype, "dense" if c.teachers else c.pair, d)
         for c, d in wanted
     ]
     with ThreadPoolExecutor(2) as pool:
