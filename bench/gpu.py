@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "bench" / "results" / ".gpu"
+ORDER = "order.json"
 LIMIT = 470  # seconds of a stage
 ON_GPU = {"MSDKERN_TEST_DEVICE": "cuda"}
 
@@ -43,7 +44,7 @@ def python(*words: str) -> tuple[str, ...]:
 
 def stages() -> list[Stage]:
     """All stages in order."""
-    return [*_build(), *_tests(), *_sanitizer(), *_cases(), _report()]
+    return [*_build(), *_tests(), *_sanitizer(), *_cases(), _order(), _report()]
 
 
 def _build() -> Iterator[Stage]:
@@ -84,6 +85,12 @@ def _cases() -> Iterator[Stage]:
     for case in CASES.values():
         if case.device == "cuda":
             yield Stage(f"bench {case.name}", python("-m", "bench.gpu", "--case", case.name))
+
+
+def _order() -> Stage:
+    """Both executors at the shapes of the table that chooses between them."""
+    file = str(STATE / ORDER)
+    return Stage("order", python("-m", "bench.choose", "--measure", file), ("triton",))
 
 
 def _report() -> Stage:
@@ -220,6 +227,7 @@ def file_name(gpu: str) -> str:
 
 def report(state: Path, folder: Path, order: Sequence[str]) -> int:
     """Writes <gpu>.json and <gpu>.md from what has been measured, and prints a short table."""
+    from . import choose
     from .report import page, short_table
 
     files = [state / f"{name}.json" for name in order]
@@ -228,10 +236,12 @@ def report(state: Path, folder: Path, order: Sequence[str]) -> int:
         print("gpu: at least one case must have been measured; got none")
         return 1
     results = merged(parts)
+    if (state / ORDER).exists():
+        results["order"] = json.loads((state / ORDER).read_text())
     name = file_name(results["machine"]["gpu"]["name"])
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / f"{name}.md").write_text(page(results))
-    print(short_table(results))
+    print(short_table(results), choose.text(results), sep="\n\n")
     return 0
 
 

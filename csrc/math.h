@@ -17,6 +17,10 @@
 #define MSDKERN_INLINE static inline __attribute__((always_inline))
 #endif
 #endif
+// A quotient that may be off by two units in the last place: of two sums that were rounded before.
+#ifndef MSDKERN_QUOTIENT
+#define MSDKERN_QUOTIENT(a, b) ((a) / (b))
+#endif
 
 namespace MSDKERN_NAMESPACE {
 
@@ -67,7 +71,7 @@ MSDKERN_INLINE V log_one_plus(V x) {
     x = x < 1e37f ? x : V{} + 1e37f;
     V u = x + 1;
     u = u > 1e-37f ? u : V{} + 1e-37f;
-    return logarithm(u) + (x - (u - 1)) / u;
+    return logarithm(u) + MSDKERN_QUOTIENT(x - (u - 1), u);
 }
 
 // The corrections (b - a) of the two KL terms cancel for the generalised JSD. With
@@ -76,8 +80,8 @@ template <class V>
 MSDKERN_INLINE Pair<V> jsd_pair(V q_i, V q_j, V beta) {
     V difference = q_i - q_j, alpha = 1 - beta;
     V teacher_gap = alpha * difference, student_gap = -beta * difference;  // m - q_j, m - q_i
-    V f_j = weigh(q_j, -log_one_plus(teacher_gap / q_j));
-    V f_i = weigh(q_i, -log_one_plus(student_gap / q_i));
+    V f_j = weigh(q_j, -log_one_plus(MSDKERN_QUOTIENT(teacher_gap, q_j)));
+    V f_i = weigh(q_i, -log_one_plus(MSDKERN_QUOTIENT(student_gap, q_i)));
     V value = beta * (f_j + teacher_gap) + alpha * (f_i + student_gap);
     return {value, alpha * f_i, beta * f_j};
 }

@@ -50,6 +50,7 @@ def examine() -> dict[str, Any]:
         "cpu": cpu_facts(),
         "cuda": cuda_facts(),
         "executors": executor_table(),
+        "order": executor_order(),
         "self_test": self_tests(),
         "extras": extras(),
     }
@@ -123,6 +124,13 @@ def executor_table() -> dict[str, dict[str, str | None]]:
     from msdkern import executors
 
     return executors.table()
+
+
+def executor_order() -> list[str]:
+    """Who is first for which losses, where several executors serve a device."""
+    from msdkern import executors
+
+    return executors.shapes()
 
 
 def sample(dtype: Any, device: str) -> tuple[Any, Any]:
@@ -264,6 +272,7 @@ def executor_lines(facts: dict[str, Any]) -> Iterator[str]:
     reasons = {(n, why) for cells in facts["executors"].values() for n, why in cells.items() if why}
     for name, why in sorted(reasons):
         yield f"{name}: {why}"
+    yield from facts["order"]
 
 
 def self_test_lines(facts: dict[str, Any]) -> Iterator[str]:

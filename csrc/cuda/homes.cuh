@@ -12,7 +12,8 @@ namespace msdkern {
 // How a call was laid out by the host (launch.h).
 struct Plan {
     int lanes, teams, blocks;  // threads per team and block, teams per block, blocks per team
-    bool vector;               // rows of logits and gradients all begin on 16 bytes
+    bool vector;               // all rows of a sample lie alike to multiples of 16 bytes (Cut)
+    int lead, turn, spare;     // classes by which row 0 begins behind one, and row n + 1 more; most
     bool keeps;                // exponentials too
     bool tile, general;        // the sweeps of tile.cuh; pair by pair
     int fields;                // doubles that a team adds up over its samples
@@ -32,8 +33,9 @@ MSDKERN_DEVICE const S *row_of(const msdkern_loss &call, int r, int64_t n) {
 template <class S, int kRows_, int kChunks_>
 struct Registers {
     typedef RealOf<S> Real;
-    static constexpr bool kTile = true, kLean = true, kOnline = false;
-    static constexpr int V = kVector<S>, kRows = kRows_, kLeast = 1, kChunks = kChunks_;
+    static constexpr bool kTile = true, kLean = true, kDense = false, kOnline = false;
+    static constexpr int V = kVector<S>, kRows = kRows_, kLeast = 1, kLearn = 1;
+    static constexpr int kChunks = kChunks_;
     uint4 held[kRows][kChunks];
     Real sums[kRows];
 
@@ -141,8 +143,9 @@ struct Shared : Pieces<S> {
 template <class S, int kRows_>
 struct Tiled : Pieces<S> {
     typedef Pieces<S> Base;
-    static constexpr bool kTile = true, kOnline = false;
+    static constexpr bool kTile = true, kDense = true, kOnline = false;
     static constexpr int kRows = kRows_, kLeast = kRows_ <= 4 ? 1 : 5;
+    static constexpr int kLearn = kRows_ <= 4 ? 1 : 4;  // of the exits, get a gradient at least
     bool coming = false;  // the logits of the sample that is next were asked for
 
     MSDKERN_DEVICE Tiled(const Plan &plan, const Team &) : Base(plan) {}
@@ -195,8 +198,8 @@ struct Global {
 template <class S, int kRows_>
 struct Streamed : Pieces<S> {
     typedef Pieces<S> Base;
-    static constexpr bool kTile = true, kOnline = true;
-    static constexpr int kRows = kRows_, kLeast = 1;
+    static constexpr bool kTile = true, kDense = false, kOnline = true;
+    static constexpr int kRows = kRows_, kLeast = 1, kLearn = 1;
     const msdkern_loss *call;
     const Cut<S> *cut;
     int64_t n;

@@ -19,7 +19,8 @@ struct Rung {
 };
 
 // The first rung that fits serves, if its shared memory leaves room for `resident` blocks, whose
-// loads, arithmetic and stores overlap.
+// loads, arithmetic and stores overlap, and if half as many blocks of a cluster would leave threads
+// more than a piece of a row: what makes a row set large may be many short rows.
 //
 // For the sweeps of tile.cuh. Three blocks of 128 threads leave 168 registers to each thread. A row
 // set of more than 64 KB is shared by a cluster, and only what no cluster can hold that way takes a
@@ -47,6 +48,7 @@ constexpr Rung kLadder[] = {
     {Home::kShared,    0, 4,   8, 128,  1,  48, 4},
     {Home::kShared,    0, 4,  32, 128,  1,  48, 4},
     {Home::kShared,    0, 4, 128, 128,  1,  48, 4},
+    {Home::kShared,    0, 4, 128, 128,  1,  80, 2},
     {Home::kShared,    0, 0, 256, 256,  1,  64, 2},
     {Home::kShared,    0, 0, 256, 256,  2,  64, 2},
     {Home::kShared,    0, 0, 256, 256,  4,  64, 2},

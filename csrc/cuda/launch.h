@@ -102,9 +102,4 @@ inline int common_width(uint64_t bytes) {
     return width;
 }
 
-template <class S>
-bool on_vectors(const void *p, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * int64_t(sizeof(S)) % 16 == 0;
-}
-
 }  // namespace msdkern

@@ -85,7 +85,7 @@ struct LossKernel {
     double *sums;  // this team's: CE, weighted CE and divergence per exit, and the matrix
 
     MSDKERN_DEVICE LossKernel(const msdkern_loss &c, const Plan &p, Form f, const Team &t,
-                              const Cut<S> &cut, const Factors &factor_, unsigned char *memory)
+                              Cut<S> &cut, const Factors &factor_, unsigned char *memory)
         : call(c),
           plan(p),
           form(f),
@@ -148,6 +148,7 @@ struct LossKernel {
         const bool ignored = call.label && label == call.ignore_index;
         const bool bad = call.label && !ignored && (label < 0 || label >= call.classes);
         s.n = n;
+        s.cut.lead(s.lead(n));
         s.label = ignored || bad ? -1 : int(label);
         if (bad && leads() && team.local == 0 && call.place.workspace)
             atomicOr(&static_cast<Tally *>(call.place.workspace)->bad_label, 1u);
@@ -183,7 +184,7 @@ struct LossKernel {
     }
     MSDKERN_DEVICE void softmaxes(bool predicts) {
         if constexpr (Home::kTile)
-            Tile<S, Home>{s, home}.softmaxes(predicts);
+            TileSums<S, Home>{s, home}.softmaxes(predicts);
         else
             s.softmaxes(home, predicts);
     }
@@ -377,7 +378,7 @@ MSDKERN_DEVICE void take_samples(const msdkern_loss &call, const Plan &plan, For
     if (form == Form::kScalar) factor = factors<RealOf<S>>(call, plan, block.scratch);
     if (threadIdx.x == 0) block.factor = factor;
     __syncthreads();
-    const Cut<S> cut(team, call.classes, plan.vector);
+    Cut<S> cut(team, call.classes, plan.vector, plan.spare);
     unsigned char *memory = dyn_smem<unsigned char>() + plan.team_at + team.index * plan.team_bytes;
     LossKernel<S, Home> kernel(call, plan, form, team, cut, block.factor, memory);
     const int64_t first = int64_t(blockIdx.x / plan.blocks) * plan.teams + team.index;

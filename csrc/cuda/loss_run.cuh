@@ -31,13 +31,8 @@ class Chooser {
           rows_(call.exits + call.teachers),
           labels_(!call.target && call.label_smoothing == 0),
           tile_(!general && sizeof(S) <= 4 && call.divergence == MSDKERN_FORWARD_KL &&
-                all_or_none() && rows_ <= (call.pairs == MSDKERN_PAIRS_DENSE ? 4 : kMostTiled) &&
-                (rows_ <= 4 || call.exits > 4)) {
-        plan_.vector = true;
-        for (int r = 0; r < rows_; ++r)
-            plan_.vector &= on_vectors<S>(call.logits[r], call.stride[r]);
-        for (int k = 0; k < call.exits; ++k)
-            if (call.gradient[k]) plan_.vector &= on_vectors<S>(call.gradient[k], call.classes);
+                rows_ <= kMostTiled && (rows_ <= 4 || call.exits > 4) && shallow_learn()) {
+        align_rows();
         plan_.fields =
             form != Form::kScalar ? 0 : call.exits * (3 + (call.pair_divergence ? rows_ : 0));
         plan_.slots = 3 * rows_ + 1;
@@ -56,13 +51,34 @@ class Chooser {
  private:
     int64_t chunks(const Rung &rung) const {
         const int64_t step = int64_t(kVector<S>) * rung.lanes * rung.blocks;
-        return (call_.classes + step - 1) / step;
+        return (call_.classes + plan_.spare + step - 1) / step;
     }
-    // Gradients of every exit, or of none.
-    bool all_or_none() const {
-        int wanted = 0;
-        for (int k = 0; k < call_.exits; ++k) wanted += call_.gradient[k] != nullptr;
-        return wanted == 0 || wanted == call_.exits;
+    // Whether the rows of any sample lie alike, and how.
+    void align_rows() {
+        const auto bytes = [&](int64_t stride) {
+            return call_.rows > 1 ? uint64_t(stride) * sizeof(S) : 0;
+        };
+        const uint64_t at = uint64_t(call_.logits[0]), step = bytes(call_.stride[0]);
+        uint64_t apart = at % sizeof(S);
+        const auto compare = [&](const void *p, int64_t stride) {
+            apart |= (uint64_t(p) ^ at) | (bytes(stride) ^ step);
+        };
+        for (int r = 0; r < rows_; ++r) compare(call_.logits[r], call_.stride[r]);
+        for (int k = 0; k < call_.exits; ++k)
+            if (call_.gradient[k]) compare(call_.gradient[k], call_.classes);
+        plan_.vector = apart % 16 == 0;
+        if (!plan_.vector) return;
+        plan_.lead = int(at % 16 / sizeof(S));
+        plan_.turn = int(step % 16 / sizeof(S));
+        plan_.spare = plan_.lead || plan_.turn ? kVector<S> - 1 : 0;
+    }
+    // Gradients of no exit, of every one, or of all but the deepest: as many as the sweeps store at
+    // least (homes.cuh).
+    bool shallow_learn() const {
+        int first = 0, all = 0;
+        while (first < call_.exits && call_.gradient[first]) ++first;
+        for (int k = 0; k < call_.exits; ++k) all += call_.gradient[k] != nullptr;
+        return all == 0 || (first == all && (rows_ <= 4 || first >= 4));
     }
     template <size_t kCount>
     bool climb(const Rung (&ladder)[kCount], Choice &choice) {
@@ -72,13 +88,17 @@ class Chooser {
         }
         return false;
     }
+    bool short_for(const Rung &rung) const {
+        return call_.classes * 2 <= int64_t(kVector<S>) * rung.lanes * rung.blocks;
+    }
     bool serves(const Rung &rung) const {
         const bool lean = labels_ && call_.pairs != MSDKERN_PAIRS_DENSE;
         if (tile_ && rung.home != Home::kShared && !lean) return false;
-        if (rung.home == Home::kRegisters && !(plan_.vector && call_.classes % kVector<S> == 0))
+        if (rung.home == Home::kRegisters &&
+            !(plan_.vector && !plan_.spare && call_.classes % kVector<S> == 0))
             return false;
         if (rung.rows && rows_ > rung.rows) return false;
-        if (rung.blocks > 1 && !machine_.clusters) return false;
+        if (rung.blocks > 1 && (!machine_.clusters || short_for(rung))) return false;
         return !rung.chunks || chunks(rung) <= rung.chunks;
     }
     bool lay_out(Choice &choice) {

@@ -56,6 +56,8 @@ MSDKERN_ANYWHERE double logarithm(double x) { return log(x); }
 // 0 log 0 = 0
 MSDKERN_ANYWHERE float weigh(float p, float x) { return p == 0 ? 0.0f : p * x; }
 MSDKERN_ANYWHERE double weigh(double p, double x) { return p == 0 ? 0.0 : p * x; }
+MSDKERN_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+MSDKERN_DEVICE double quotient(double a, double b) { return a / b; }
 MSDKERN_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 MSDKERN_DEVICE double larger(double a, double b) { return fmax(a, b); }
 template <class Real>
@@ -126,26 +128,31 @@ struct Team {
 };
 
 // How a row's classes are dealt to a team: chunk i of a member is kVector classes. They are
-// neighbours where rows begin on 16 bytes; elsewhere the members take turns, one class each, so
-// that loads of single elements are neighbours across the warp.
+// neighbours, 16 bytes that begin on a multiple of 16, where the rows of a sample all begin equally
+// far behind one: the first chunk is then `lead` classes short, and `spare` says how many that may
+// be. Elsewhere the members take turns, one class each, so that loads of single elements are
+// neighbours across the warp.
 template <class S>
 struct Cut {
     static constexpr int V = kVector<S>;
-    int classes, member, members, chunks;
+    int classes, members, chunks, own, start;
     bool vector;
-    MSDKERN_DEVICE Cut(const Team &team, int64_t classes_, bool vector_)
+    MSDKERN_DEVICE Cut(const Team &team, int64_t classes_, bool vector_, int spare = 0)
         : classes(int(classes_)),
-          member(team.member()),
           members(team.members()),
-          chunks(int((classes_ + int64_t(V) * members - 1) / (int64_t(V) * members))),
+          chunks(int((classes_ + spare + int64_t(V) * members - 1) / (int64_t(V) * members))),
+          own(team.member() * (vector_ ? V : 1)),
+          start(own),
           vector(vector_) {}
-    MSDKERN_DEVICE int first(int i) const {
-        return vector ? (i * members + member) * V : i * members * V + member;
-    }
+    MSDKERN_DEVICE void lead(int by) { start = own - by; }
+    MSDKERN_DEVICE int first(int i) const { return i * members * V + start; }
     MSDKERN_DEVICE int step() const { return vector ? 1 : members; }
-    MSDKERN_DEVICE bool whole(int i) const { return vector && first(i) + V <= classes; }
+    MSDKERN_DEVICE bool has(int c) const { return unsigned(c) < unsigned(classes); }
+    MSDKERN_DEVICE bool whole(int i) const {
+        return vector && has(first(i)) && first(i) + V <= classes;
+    }
 
-    // Classes beyond the row are `fill`.
+    // Classes outside the row are `fill`.
     template <class T>
     MSDKERN_DEVICE uint4 load(const T *row, int i, float fill) const {
         if (whole(i)) return __ldcs(reinterpret_cast<const uint4 *>(row + first(i)));
@@ -153,7 +160,7 @@ struct Cut {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const int c = first(i) + v * step();
-            if (c < classes)
+            if (has(c))
                 x[v] = row[c];
             else
                 round_to(RealOf<T>(fill), x[v]);
@@ -198,7 +205,7 @@ struct Cut {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             const int c = first(i) + v * step();
-            if (c < classes) row[c] = y[v];
+            if (has(c)) row[c] = y[v];
         }
     }
 };
@@ -289,6 +296,11 @@ struct Sum {
 template <class Op, class Real>
 MSDKERN_DEVICE Real over_lanes(const Team &team, Real x) {
     const int width = team.width();
+    if (width == 32) {  // a mask that the compiler knows takes two instructions a step, not ten
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) x = Op::of(x, __shfl_xor_sync(~0u, x, o));
+        return x;
+    }
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1)
         if (o < width) x = Op::of(x, __shfl_xor_sync(team.mask, x, o));
@@ -377,4 +389,5 @@ MSDKERN_DEVICE double block_sum(double x, double *scratch) {
 
 }  // namespace msdkern
 
+#define MSDKERN_QUOTIENT(a, b) quotient(a, b)
 #include "../math.h"  // its formulas call weigh() and logarithm()

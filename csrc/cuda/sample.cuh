@@ -90,23 +90,26 @@ struct Sample {
     static constexpr int V = kVector<S>;
     const msdkern_loss &call;
     const Team &team;
-    const Cut<S> &cut;
+    Cut<S> &cut;
+    const Plan &plan;
     Exchange<Real> exchange;
     RowState<Real> *state;
     Real *weight;  // W[exits][rows], share included
     const int exits, rows;
+    int learners = 0;             // exits before the first that gets no gradient
     Real inverse_t, scale, rate;  // rate: log2(e) / T
     int power;                    // T where it is 1, 2, 3 or 4
     bool divergent, dense_target, gradient;
     int64_t n = 0;
     int label = -1;  // or -1 where the target is no class
 
-    MSDKERN_DEVICE Sample(const msdkern_loss &c, const Plan &plan, const Team &t,
-                          const Cut<S> &cut_, unsigned char *memory)
+    MSDKERN_DEVICE Sample(const msdkern_loss &c, const Plan &plan_, const Team &t, Cut<S> &cut_,
+                          unsigned char *memory)
         : call(c),
           team(t),
           cut(cut_),
-          exchange(exchange_at(memory, c), plan.slots, t),
+          plan(plan_),
+          exchange(exchange_at(memory, c), plan_.slots, t),
           state(reinterpret_cast<RowState<Real> *>(memory)),
           weight(weight_at(memory, c)),
           exits(c.exits),
@@ -127,6 +130,7 @@ struct Sample {
         dense_target = c.target || (c.label && c.label_smoothing != 0);
         gradient = false;
         for (int k = 0; k < exits; ++k) gradient |= c.gradient[k] != nullptr;
+        while (learners < exits && c.gradient[learners]) ++learners;
     }
     static MSDKERN_DEVICE Real *weight_at(unsigned char *memory, const msdkern_loss &c) {
         return reinterpret_cast<Real *>(memory + sizeof(RowState<Real>) * (c.exits + c.teachers));
@@ -158,7 +162,7 @@ struct Sample {
     }
     // (1) u of one class.
     MSDKERN_DEVICE Real mass(int c) const {
-        if (c >= cut.classes) return 0;
+        if (!cut.has(c)) return 0;
         const Real on_label = 1 - Real(call.label_smoothing);
         Real u = Real(call.label_smoothing) / Real(cut.classes);
         if (call.target) u += real(call.target)[n * call.classes + c] * on_label;
@@ -166,6 +170,8 @@ struct Sample {
         if (c == label) u += on_label * (call.class_weight ? real(call.class_weight)[c] : Real(1));
         return u;
     }
+    // Classes by which the rows of sample n begin behind a multiple of 16 bytes.
+    MSDKERN_DEVICE int lead(int64_t n) const { return (plan.lead + int(n % V) * plan.turn) % V; }
     MSDKERN_DEVICE int class_at(int i, int v) const { return cut.first(i) + v * cut.step(); }
 
     // Maxima, sums of exponentials at both temperatures, and what a dense target makes of them.
@@ -230,7 +236,7 @@ struct Sample {
 #pragma unroll
         for (int v = V - 1; v >= 0; --v) {
             const int c = class_at(i, v);
-            if (z[v] == m) top = c;
+            if (z[v] == m && c >= 0) top = c;
             if (z[v] != z[v]) nan = c;
         }
         if (top < cut.classes) atomicMin(&first[r].prediction, top);

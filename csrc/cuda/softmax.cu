@@ -111,13 +111,14 @@ template <class S, class At, class F>
 MSDKERN_DEVICE void each_sample(const msdkern_loss &call, const Plan &plan, F f) {
     const Team team(plan.lanes, plan.blocks);
     if (plan.blocks > 1) cluster_sync();
-    const Cut<S> cut(team, call.classes, plan.vector);
+    Cut<S> cut(team, call.classes, plan.vector, plan.spare);
     unsigned char *memory = dyn_smem<unsigned char>() + plan.team_at + team.index * plan.team_bytes;
     Sample<S> s(call, plan, team, cut, memory);
     At home(plan, team);
     const int64_t step = int64_t(gridDim.x / plan.blocks) * plan.teams;
     for (s.n = int64_t(blockIdx.x / plan.blocks) * plan.teams + team.index; s.n < call.rows;
          s.n += step) {
+        cut.lead(s.lead(s.n));
         home.load(call, cut, s.rows, s.n);
         f(s, home);
         team.sync();
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(256, roomy(false, sizeof(S)))
                 unpack<S>(home.raw(k, i), y);
                 unpack<S>(home.raw(s.exits + k, i), g);
                 for (int v = 0; v < V; ++v)
-                    if (s.class_at(i, v) < s.cut.classes) sum += log ? g[v] : g[v] * y[v];
+                    if (s.cut.has(s.class_at(i, v))) sum += log ? g[v] : g[v] * y[v];
             }
             s.exchange.template put<Sum>(s.team, k, sum);
         }

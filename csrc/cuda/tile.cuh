@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// (1), (2), (6) Few exits, forward KL: the sweeps in which a thread has some classes of all exits
-// in registers at once, so that every logit is turned into its exponential twice in all: once for
-// the sums, once for values and gradients.
+// (2), (6) Few exits, forward KL: values and gradients by one sweep in which a thread has some
+// classes of all exits in registers at once. With tile_sums.cuh every logit is turned into its
+// exponential twice in all: once for the sums, once here.
 #pragma once
 
-#include "sample.cuh"
+#include "tile_sums.cuh"
 
 namespace msdkern {
 
@@ -13,7 +13,6 @@ template <class S, class Home>
 struct Tile {
     typedef RealOf<S> Real;
     static constexpr int V = kVector<S>, P = V / 2, kRows = Home::kRows, W = kRows <= 4 ? P : 2;
-    static constexpr int kLooped = Home::kLean ? kRows : 0;  // sweeps that take exit after exit
     Sample<S> &s;
     Home &home;
 
@@ -21,159 +20,6 @@ struct Tile {
     MSDKERN_DEVICE static void rows(int n, F f) {
         each<kRows, Home::kLeast>(n, f);
     }
-
-    // Maxima, sums of exponentials at both temperatures
-    // --------------------------------------------
-
-    MSDKERN_DEVICE void softmaxes(bool predicts) {
-        for (int r = s.team.local; r < s.rows; r += s.team.lanes)
-            s.state[r].prediction = s.state[r].nan = INT32_MAX;
-        each<kLooped>(s.rows, [&](int r) {
-            home.value(r) = top(r);
-            s.exchange.template put<Maximum>(s.team, r, home.value(r));
-        });
-        s.exchange.template finish<Maximum>(s.team, s.rows);
-        each<kLooped>(s.rows, [&](int r) { row_sums(r, predicts && r < s.exits); });
-        s.exchange.template finish<Sum>(s.team, s.template sums<Home>());
-    }
-    MSDKERN_DEVICE Real top(int r) {
-        if constexpr (Home::kOnline) return online(r);
-        Largest<S> largest;
-        each_some<Home::kChunks, 4>(s.cut.chunks, [&](int i) { largest.add(home.raw(r, i)); });
-        return largest.value();
-    }
-    // Maximum and sums of one thread in one reading: what was summed moves with the maximum.
-    MSDKERN_DEVICE Real online(int r) {
-        constexpr int kAhead = 4;  // loads in flight
-        Exponent<S> at_t = {s.rate, 0}, at_one = {Real(kLog2E), 0};
-        Real m = lowest<Real>(), sum = 0, one = 0;
-#pragma unroll 1
-        for (int i = 0; i < s.cut.chunks; i += kAhead) {
-            uint4 raw[kAhead];
-            each<kAhead>(s.cut.chunks - i, [&](int a) { raw[a] = home.early(r, i + a); });
-            Largest<S> largest;
-            each<kAhead>(s.cut.chunks - i, [&](int a) { largest.add(raw[a]); });
-            if (largest.value() > m) {
-                const Real before = m;
-                m = largest.value();
-                move(m, before, at_t, at_one, sum, one);
-            }
-            each<kAhead>(s.cut.chunks - i, [&](int a) {
-                Real z[V];
-                unpack<S>(raw[a], z);
-                add_exponentials(z, at_t, at_one, sum, one);
-            });
-        }
-        home.value(s.rows + r) = sum;
-        home.value(2 * s.rows + r) = one;
-        return m;
-    }
-    // Sums whose maximum was `before`, nothing where that is -inf, for maximum m.
-    MSDKERN_DEVICE void move(Real m, Real before, Exponent<S> &at_t, Exponent<S> &at_one, Real &sum,
-                             Real &one) const {
-        const Exponent<S> new_t = Exponent<S>::of(m, s.rate);
-        const Exponent<S> new_one = Exponent<S>::of(m, Real(kLog2E));
-        if (before > lowest<Real>()) {
-            const Real by = new_t.move(at_t);
-            sum *= by;
-            one *= s.power ? raise(by) : new_one.move(at_one);
-        }
-        at_t = new_t;
-        at_one = new_one;
-    }
-    MSDKERN_DEVICE Real raise(Real x) const {
-        Real result = x;
-        for (int i = 1; i < s.power; ++i) result *= x;
-        return result;
-    }
-    MSDKERN_DEVICE void row_sums(int r, bool predicts) {
-        const Real m = s.exchange.get(r);
-        const Exponent<S> at_t = Exponent<S>::of(m, s.rate),
-                          at_one = Exponent<S>::of(m, Real(kLog2E));
-        if (s.team.local == r % s.team.lanes) remember(s.state[r], m, at_t, at_one);
-        Real sum = 0, one = 0;
-        if constexpr (Home::kOnline) {
-            Exponent<S> mine_t = Exponent<S>::of(home.value(r), s.rate);
-            Exponent<S> mine_one = Exponent<S>::of(home.value(r), Real(kLog2E));
-            sum = home.value(s.rows + r);
-            one = home.value(2 * s.rows + r);
-            move(m, home.value(r), mine_t, mine_one, sum, one);
-        } else {
-            each_some<Home::kChunks, 2>(s.cut.chunks, [&](int i) {
-                Real z[V];
-                unpack<S>(home.raw(r, i), z);
-                add_exponentials(z, at_t, at_one, sum, one);
-            });
-        }
-        // Few get here: whoever holds the maximum or a NaN.
-        if (predicts && (home.value(r) == m || sum != sum))
-            each<Home::kChunks>(s.cut.chunks, [&](int i) {
-                Real z[V];
-                unpack<S>(home.raw(r, i), z);
-                s.note_top(r, i, z, m);
-            });
-        s.exchange.template put<Sum>(s.team, r, sum);
-        s.exchange.template put<Sum>(s.team, s.rows + r, one);
-        if (s.template dense<Home>() && r < s.exits) target_sums(r, m);
-    }
-    MSDKERN_DEVICE void remember(RowState<Real> &state, Real m, const Exponent<S> &at_t,
-                                 const Exponent<S> &at_one) const {
-        state.maximum = m;
-        state.terms.rate = at_t.rate;
-        state.terms.offset = at_t.offset;
-        state.one_rate = at_one.rate;
-        state.one_offset = at_one.offset;
-        state.drift = at_t(m);
-        state.one_drift = s.power ? Real(s.power) * state.drift : at_one(m);
-    }
-    // e^(z - m) is a power of e^((z - m) / T) where T is a small integer.
-    MSDKERN_DEVICE void add_exponentials(const Real (&z)[V], const Exponent<S> &at_t,
-                                         const Exponent<S> &at_one, Real &sum, Real &one) const {
-        Real e[V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) sum += e[v] = exponential2(at_t(z[v]));
-        switch (s.power) {
-            case 1:
-#pragma unroll
-                for (int v = 0; v < V; ++v) one += e[v];
-                return;
-            case 2:
-#pragma unroll
-                for (int v = 0; v < V; ++v) one += e[v] * e[v];
-                return;
-            case 3:
-#pragma unroll
-                for (int v = 0; v < V; ++v) one += e[v] * e[v] * e[v];
-                return;
-            case 4:
-#pragma unroll
-                for (int v = 0; v < V; ++v) one += e[v] * e[v] * (e[v] * e[v]);
-                return;
-            default:
-#pragma unroll
-                for (int v = 0; v < V; ++v) one += exponential2(at_one(z[v]));
-        }
-    }
-    // What a target of many classes makes of them: -sum_c u (z - m) and sum_c u.
-    MSDKERN_DEVICE void target_sums(int r, Real m) {
-        Real moved = 0, total = 0;
-#pragma unroll 1
-        for (int i = 0; i < s.cut.chunks; ++i) {
-            Real z[V];
-            unpack<S>(home.raw(r, i), z);
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                const Real u = s.mass(s.class_at(i, v));
-                moved -= weigh(u, z[v] - m);
-                total += u;
-            }
-        }
-        s.exchange.template put<Sum>(s.team, 2 * s.rows + r, moved);
-        if (r == 0) s.exchange.template put<Sum>(s.team, 2 * s.rows + s.exits, total);
-    }
-
-    // Values and gradients
-    // -------------------------------------------------------------------------
 
     // W classes of all exits: q; and log2 q up to a number per row, bounded where a class is
     // masked, which dL/dz replaces.
@@ -189,14 +35,18 @@ struct Tile {
     MSDKERN_DEVICE void sweep(int64_t next) {
         if (!s.divergent && !s.gradient) return;
         Real values[kRows] = {};
+        Cut<S> coming = s.cut;
+        coming.lead(s.lead(next));
         each<Home::kChunks>(s.cut.chunks, [&](int j) {
             const int i = Home::kOnline ? s.cut.chunks - 1 - j : j;
             if (Home::kOnline) rows(s.rows, [&](int r) { home.fetch(s.cut, from(r), r, i); });
             halves(i, values);
             if (s.gradient)
-                rows(s.exits,
-                     [&](int k) { home.store(s.cut, static_cast<S *>(s.state[k].to), k, i); });
-            if (next < s.call.rows) rows(s.rows, [&](int r) { home.refill(s.cut, from(r), r, i); });
+                each<kRows, Home::kLearn>(s.learners, [&](int k) {
+                    home.store(s.cut, static_cast<S *>(s.state[k].to), k, i);
+                });
+            if (next < s.call.rows)
+                rows(s.rows, [&](int r) { home.refill(coming, from(r), r, i); });
         });
         home.filled();
         if (s.divergent) finish(values);
@@ -234,7 +84,7 @@ struct Tile {
             rows(s.rows, [&](int r) { fill(cells, r, i, p, h); });
         else if (s.call.pairs == MSDKERN_PAIRS_MUTUAL)
             mutual(cells, i, p, h, values);
-        else if (kDense && s.call.pairs == MSDKERN_PAIRS_DENSE)
+        else if (Home::kDense && s.call.pairs == MSDKERN_PAIRS_DENSE)
             matrix(cells, i, p, h, values);
         else
             chain(cells, i, p, h, values);
@@ -243,7 +93,6 @@ struct Tile {
         take_target(cells, i, p * P + h * W);
         add_cross_entropy(cells, i, p, h);
     }
-    static constexpr bool kDense = kRows <= 4;
     MSDKERN_DEVICE static void clear(Real (&x)[W]) {
 #pragma unroll
         for (int w = 0; w < W; ++w) x[w] = 0;

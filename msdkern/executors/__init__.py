@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from msdkern.executors import order
+
 # Module of each executor, and the device type it serves (its own `device_type` may say otherwise).
 EXECUTORS = {
     "eager": ("msdkern.executors.eager", None),
@@ -24,8 +26,9 @@ EXECUTORS = {
     "cuda": ("msdkern.executors.cuda", "cuda"),
     "triton": ("msdkern.executors.triton", "cuda"),
 }
-# Which executor is tried first on which device; any other device gets `eager`. Not measured yet:
-# `cuda` comes first because its kernels keep larger row sets on chip.
+# Which executor is tried first on which device; any other device gets `eager`. Of a GPU's, the
+# table of order.py says for losses which is first; else it is `cuda`, whose kernels keep larger row
+# sets on chip and need not be compiled when they are first called.
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
 _forced: str | None = os.environ.get("MSDKERN_EXECUTOR") or None
@@ -62,23 +65,38 @@ def _refusal(op: str, name: str, device: str) -> str | None:
     return reason(name) or _missing(op, name)
 
 
-@functools.cache
-def _decide(op: str, device: str, forced: str | None) -> tuple[str, str | None]:
+def _order(device: str, shape: order.Shape | None) -> tuple[str, ...]:
+    """The executors in the order in which they are tried."""
+    names = PREFERENCE.get(device, ("eager",))
+    region = order.region_of(device, shape)
+    return names if region is None else (region.first, *(n for n in names if n != region.first))
+
+
+@functools.lru_cache(maxsize=4096)
+def _decide(
+    op: str, device: str, forced: str | None, shape: tuple[str, int, int] | None = None
+) -> tuple[str, str | None]:
     """The executor that serves, and why it cannot where it was forced."""
     if forced is not None:
         return forced, _refusal(op, forced, device)
-    order = PREFERENCE.get(device, ("eager",))
-    return next(name for name in order if _refusal(op, name, device) is None), None
+    names = _order(device, None if shape is None else order.Shape(*shape))
+    return next(name for name in names if _refusal(op, name, device) is None), None
 
 
 @torch.compiler.assume_constant_result  # probing imports modules, which cannot be traced
-def _serve(op: str, device: str, forced: str | None) -> tuple[str, str | None]:
-    return _decide(op, device, forced)
+def _serve(
+    op: str, device: str, forced: str | None, shape: tuple[str, int, int] | None
+) -> tuple[str, str | None]:
+    return _decide(op, device, forced, shape)
 
 
-def select(op: str, device: str) -> str:
-    """The executor for this op on this device type. An explicit choice never falls back."""
-    name, refusal = _serve(op, device, _forced)
+def select(op: str, device: str, logits: Any = None, given: Any = None) -> str:
+    """The executor for this op on this device type; for a loss, of these logits and arguments. An
+    explicit choice never falls back."""
+    shape = None
+    if given is not None and _forced is None and device in order.REGIONS:
+        shape = order.shape_of(logits, given)
+    name, refusal = _serve(op, device, _forced, shape)
     if refusal is not None:
         raise RuntimeError(f"{op}: the executor that was asked for cannot serve; {refusal}")
     return name
@@ -160,13 +178,26 @@ def table() -> dict[str, dict[str, str | None]]:
     return {op: {name: reason(name) or _missing(op, name) for name in EXECUTORS} for op in OPS}
 
 
+def shapes() -> list[str]:
+    """By the losses' kind and size, who is first where several executors serve a device."""
+    lines = []
+    for device, regions in order.REGIONS.items():
+        several = [n for n in PREFERENCE[device] if n != "eager" and reason(n) is None]
+        if len(several) > 1:
+            lines.append(f"first for losses on {device} ({order.BASIS}):")
+            lines += [f"  {r.extent}: {r.first}" for r in regions]
+    return lines
+
+
 def explain() -> str:
-    """The table op x executor as text: available, or the reason why not."""
+    """The table op x executor as text: available, or the reason why not; and who is first for which
+    losses, where there is a choice."""
     rows = [f"{'op':<24}" + "".join(f"{name:<12}" for name in EXECUTORS)]
     for op, cells in table().items():
         marks = ("available" if why is None else "no" for why in cells.values())
         rows.append(f"{op:<24}" + "".join(f"{mark:<12}" for mark in marks))
     rows += [f"{name}: {why}" for name in EXECUTORS if (why := reason(name))]
+    rows += shapes()
     if _forced is not None:
         rows.append(f"executor {_forced!r} was asked for; nothing else will serve")
     return "\n".join(line.rstrip() for line in rows)

@@ -117,7 +117,7 @@ def multi_exit_loss(
     if normalizer is not None:
         checks.count(op, "normalizer", normalizer)
         normalizer = checks.scalar(op, "normalizer", normalizer, first)
-    executor = executors.select(op, first.device.type)
+    executor = executors.select(op, first.device.type, z, arguments)
     result = autograd.multi_exit_loss(
         z, *arguments, reduction, normalizer, bool(pair_divergence), executor
     )
@@ -165,7 +165,7 @@ def multi_exit_row_losses(
         temperature_squared, divergence, beta, detach_teacher, class_weight, ignore_index,
         label_smoothing,
     )  # fmt: skip
-    executor = executors.select(op, z[0].device.type)
+    executor = executors.select(op, z[0].device.type, z, arguments)
     return RowLosses(*autograd.multi_exit_row_losses(z, *arguments, executor))
 
 

@@ -34,6 +34,7 @@ def facts(**changed):
             "devices": [device],
         },
         "executors": {"multi_exit_loss": {"eager": None, "cpu": None}},
+        "order": ["first for losses on cuda (measured):"],
         "self_test": {"eager": {"device": "cpu", "max_error": 3e-8, "ok": True}},
         "extras": {"train": {"missing": [], "install": None}},
         **changed,
@@ -57,6 +58,7 @@ def test_json_is_one_object_on_the_last_line(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found) == set(facts())
     assert found["executors"] == executors.table()
+    assert found["order"] == executors.shapes()
     assert found["self_test"]["eager"]["max_error"] <= doctor.TOLERANCE
 
 

@@ -67,6 +67,9 @@ CALLS = [
     ("float32", 6, 0, 7, 1028, "deeper", "forward_kl", {"smoothing": 0.1}),
     ("float32", 3, 1, 2, 2052, "dense", "forward_kl", {"gap": 0, "t": 2.0}),
     ("float32", 5, 0, 2, 200, "deeper", "reverse_kl", {"detach": False}),
+    ("bfloat16", 4, 0, 9, 2051, "mutual", "forward_kl", {"gap": 0, "t": 3.0}),
+    ("bfloat16", 5, 0, 11, 13, "dense", "forward_kl", {"gap": 0, "smoothing": 0.1}),
+    ("float32", 9, 0, 3, 251, "last", "forward_kl", {"gap": 0}),
 ]
 
 
@@ -80,6 +83,7 @@ STREAMED = [
     ("bfloat16", 8, 0, 1, 9000, "last", "forward_kl", {"gap": 0, "t": 4.0}),
     ("float32", 2, 0, 1, 7000, "mutual", "forward_kl", {"masked": True}),
     ("float32", 3, 0, 1, 7000, "dense", "reverse_kl", {}),
+    ("bfloat16", 3, 0, 3, 14001, "mutual", "forward_kl", {"gap": 0, "t": 3.0}),
 ]
 
 

@@ -1,216 +1,280 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loss should cost on a GPU, from the machine code: a prediction, not a measurement.
+"""What the loss should cost on a GPU, from the machine code of executors `cuda` and `triton`: a
+prediction, not a measurement.
 
-    python -m tests.cuda.predict            # the table for the loss cases of bench/cases.py
+    python -m tests.cuda.predict            # the loss cases of bench/cases.py
+    python -m tests.cuda.predict --regions  # those of msdkern/executors/order.py
 
-Each sweep's innermost loop is found in the compiled kernel and its instructions are counted per
-logit. A time is the largest of three: bytes over the bandwidth of a copy, instructions over issue
-slots, exponentials over what the special function units do. Reality adds what does not overlap.
+A time is the largest of four: bytes over the bandwidth of a copy, instructions over issue slots,
+exponentials over what the special function units do, and what one program takes by itself, loads
+waited for, times the programs that follow each other. Reality adds what does not overlap.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
 import re
-import shutil
-import tempfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from bench.cases import CASES, Case
-from tests.cuda.sass import CSRC, NVCC, instructions, loops, run
+from msdkern.executors import order
+from tests.cuda import count_triton
+from tests.cuda.count import BYTES, HELD, MOST_HELD, Cost, Kernel, cost
+from tests.cuda.sass import CSRC
 
-# H200: processors, clock, and per processor and clock lanes that issue and exponentials.
+# H200: processors, clock, and per processor and clock lanes that issue and exponentials; bytes per
+# second of a copy; second-level cache; seconds that a load takes; of a processor, registers, the
+# piece in which warps get them, and bytes of shared memory.
 PROCESSORS, CLOCK, ISSUE, EXPONENTIALS, COPY = 132, 1.98e9, 128, 16, 4.3e12
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TYPES = {"float32": "float", "bfloat16": "bfloat", "float16": "__half"}
-PAIRS = {"mutual": "MUTUAL", "last": "LAST", "dense": "DENSE", "none": "NONE"}
-# A row's maximum, both sums and value go through a warp by shuffles: per thread and row.
-REDUCTIONS = 4 * 14
-MOST = 8  # exits of the sweeps that are counted
-
-# The branches that a case takes, and none that it does not, in a copy of the sources. Each pattern
-# must be there, lest the count be of something else.
-ALWAYS = (
-    ("tile.cuh", r"s\.template dense<Home>\(\)", "false"),
-    ("tile.cuh", r"\bs\.gradient\b(?!_)", "true"),
-    ("tile.cuh", r"next < s\.call\.rows", "true"),
-    (
-        "tile.cuh",
-        r"(unsigned\(\(W - 1\) \* step\)\) return;)",
-        r'\1 asm volatile("trap;"); return;',
-    ),
-    ("rows.cuh", r"return vector && first\(i\) \+ V <= classes;", "return true;"),
-)
-KERNEL = """
-#include "cuda/loss_run.cuh"
-namespace msdkern {{
-__global__ void __launch_bounds__(kTileThreads, 1)
-    counted(const __grid_constant__ msdkern_loss call, const __grid_constant__ Plan plan, Form f) {{
-    take_samples<{type}, {home}<{type}, {rows}>>(call, plan, f);
-}}
-}}
-"""
+CACHE, LATENCY, REGISTERS, PIECE, SHARED = 50e6, 0.7e-6, 64 * 1024, 256, 227 * 1024
+WARP = 32
+# Instructions per sample besides sweeps and rows, of a team's first warp and of the others: scales,
+# logarithms, divergences, sums; and per exit. Read off the machine code by eye.
+SAMPLE, SAMPLE_OTHERS, SAMPLE_EXIT = 1100, 300, 110
+READ_AHEAD = 4  # pieces of a row that are loaded at once where it is kept nowhere
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One specialisation of the sweeps: what decides how many instructions a logit takes."""
+class Work:
+    """What a program (the samples that threads of a block take on together) is to the machine."""
 
-    dtype: str
-    rows: int  # 4 or 8
-    pair: str
-    power: int  # T where it is a small integer, else 0
-    home: str = "Tiled"
+    samples: int
+    warps: int  # of a block
+    blocks: int  # a cluster's
+    resident: float  # programs per processor
+    passes: float  # over all logits, reading and writing, of memory
+    slots: float  # instructions per logit
+    exponentials: float
+    waits: float  # loads that are waited for, one after another
 
-    def source(self, folder: Path) -> Path:
-        """A .cu file beside a copy of csrc/ in which every branch is decided."""
-        shutil.copytree(CSRC, folder, dirs_exist_ok=True)
-        divergent = "false" if self.pair == "none" else "true"
-        edits = (
-            *ALWAYS,
-            ("tile.cuh", r"s\.call\.pairs", f"MSDKERN_PAIRS_{PAIRS[self.pair]}"),
-            ("tile.cuh", r"switch \(s\.power\)", f"switch ({self.power})"),
-            ("tile.cuh", r"\bs\.divergent\b", divergent),
-        )
-        for name, pattern, text in edits:
-            path = folder / "cuda" / name
-            changed, count = re.subn(pattern, text, path.read_text())
-            if not count:
-                raise ValueError(f"predict: {name} must have {pattern!r}; got none")
-            path.write_text(changed)
-        out = folder / "counted.cu"
-        out.write_text(KERNEL.format(type=TYPES[self.dtype], home=self.home, rows=self.rows))
-        return out
+
+def bounds(case: Case, work: Work) -> dict[str, float]:
+    """Seconds of each."""
+    sample = case.exits * case.classes
+    logits, size = sample * case.rows, BYTES[case.dtype]
+    issued = work.samples * sample * work.slots / WARP  # warps' instructions of a program
+    alone = issued / (min(4, work.warps) * work.blocks) / CLOCK
+    turns = max(1.0, case.rows / (work.samples * PROCESSORS * work.resident))
+    return {
+        "bytes": work.passes * logits * size / COPY,
+        "issue": logits * work.slots / (PROCESSORS * CLOCK * ISSUE),
+        "exponentials": logits * work.exponentials / (PROCESSORS * CLOCK * EXPONENTIALS),
+        "alone": turns * (work.waits * LATENCY + alone),
+    }
+
+
+# Executor `cuda` --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A row of csrc/cuda/ladder.h."""
+
+    home: str
+    rows: int
+    chunks: int
+    lanes: int
+    threads: int
+    blocks: int
+    kilobytes: int
+    resident: int
+
+
+@functools.cache
+def ladder(name: str) -> tuple[Rung, ...]:
+    text = (CSRC / "cuda" / "ladder.h").read_text()
+    body = re.search(rf"{name}\[\] = {{(.*?)\n}};", text, re.S)
+    if body is None:
+        raise ValueError(f"predict: ladder.h must have {name}; got none")
+    rows = re.findall(r"Home::k(\w+),([\d\s,]+)}", body.group(1))
+    return tuple(Rung(home, *map(int, numbers.split(","))) for home, numbers in rows)
+
+
+def rung_of(case: Case, held: bool) -> tuple[Rung, int]:
+    """What serves a case, and how many pieces of a row a thread has; as csrc/cuda/loss_run.cuh."""
+    vector = 16 // BYTES[case.dtype]
+    rows = case.exits + case.teachers
+    pieces = -(-case.classes // vector)
+    lean = case.pair not in ("dense", "teacher")
+    for rung in ladder("kTileLadder" if held else "kLadder"):
+        chunks = -(-pieces // (rung.lanes * rung.blocks))
+        if held and rung.home != "Shared" and not lean:
+            continue
+        if rung.home == "Registers" and case.classes % vector:
+            continue
+        if (rung.rows and rows > rung.rows) or (rung.chunks and chunks > rung.chunks):
+            continue
+        if rung.blocks > 1 and 2 * case.classes <= vector * rung.lanes * rung.blocks:
+            continue
+        if rung.home != "Shared" or _fits(rung, rows, chunks, case.exits, held):
+            return rung, chunks
+    raise ValueError("predict: the last rung serves everything")
+
+
+def _fits(rung: Rung, rows: int, chunks: int, exits: int, held: bool) -> bool:
+    """In shared memory: the row set and, per thread, a number per row or two per exit; what teams
+    keep besides is little."""
+    row_set = rows * chunks * rung.threads * 16
+    values = (rows if held else 2 * exits) * rung.threads * 4
+    fits = row_set + values + 4096 <= SHARED // rung.resident
+    return fits and row_set <= rung.kilobytes * 1024
+
+
+def kernel_of(case: Case, divergence: str = "forward_kl") -> Kernel:
+    """Which sweeps serve a case."""
+    rows = case.exits + case.teachers
+    held = divergence == "forward_kl" and rows <= MOST_HELD and (rows <= HELD or case.exits > HELD)
+    pair = "dense" if case.pair == "teacher" else case.pair
+    t = case.temperature if pair != "none" else 1.0
+    power = int(t) if t in (1.0, 2.0, 3.0, 4.0) else 0
+    rung, _ = rung_of(case, held)
+    home = "Streamed" if held and rung.home == "Global" else "Tiled"
+    few = rows <= HELD and home == "Tiled"
+    size = (HELD if few else MOST_HELD) if held else 0
+    return Kernel(case.dtype, size, pair, power, divergence, home)
+
+
+def cuda_work(case: Case, kernel: Kernel, spent: Cost) -> Work:
+    held = kernel.rows > 0
+    rung, chunks = rung_of(case, held)
+    rows = case.exits + case.teachers
+    threads = rung.lanes * rung.blocks
+    filled = case.classes / (chunks * threads * kernel.vector)
+    teachers = rows - (case.pair != "teacher")
+    slots = spent.slots + teachers * spent.slots_per_pair
+    exponentials = spent.exponentials + teachers * spent.exponentials_per_pair
+    warps = max(1, threads // WARP)
+    sample = (SAMPLE + SAMPLE_EXIT * rows + (warps - 1) * SAMPLE_OTHERS) / warps
+    besides = (spent.row * rows + sample) * threads / (case.exits * case.classes)
+    streamed = rung.home == "Global"
+    teams = rung.threads // rung.lanes
+    fetched = held and rung.home == "Shared"  # while the sample before was worked on
+    return Work(
+        samples=1 if rung.blocks > 1 else teams,
+        warps=rung.threads // WARP,
+        blocks=rung.blocks,
+        resident=rung.resident / rung.blocks,
+        passes=3 if streamed else 2,
+        slots=slots / filled * rows / case.exits + besides,
+        exponentials=exponentials / filled * rows / case.exits,
+        # A label comes before the rest, its logit after it.
+        waits=2 + (2 * chunks / READ_AHEAD if streamed else 0 if fetched else 1),
+    )
+
+
+# Executor `triton` ------------------------------------------------------------------------------
+
+
+def triton_work(case: Case, found: count_triton.Binary) -> Work:
+    steps = 0 if found.resident else -(-case.classes // found.block)
+    each = [once + steps * step for once, step in zip(found.once, found.step, strict=True)]
+    logits = found.rows * case.exits * case.classes / found.threads  # of a thread
+    per_warp = -(-found.registers * WARP // PIECE) * PIECE
+    resident = max(1, min(REGISTERS // (per_warp * found.warps), 64 // found.warps))
+    row_set = case.exits * case.classes * BYTES[case.dtype]
+    cached = PROCESSORS * resident * row_set <= 0.8 * CACHE
+    return Work(
+        samples=found.rows,
+        warps=found.warps,
+        blocks=1,
+        resident=resident,
+        passes=2 if found.resident or cached else found.sweeps + 1,
+        slots=each[0] / logits,
+        exponentials=each[1] / logits,
+        waits=1 + max(1, steps * found.sweeps),
+    )
+
+
+# Side by side -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    case: Case
+    cuda: Work
+    triton: Work
+
+    def seconds(self, executor: str) -> float:
+        return max(bounds(self.case, getattr(self, executor)).values())
+
+    def limit(self, executor: str) -> str:
+        found = bounds(self.case, getattr(self, executor))
+        return max(found, key=lambda name: found[name])
 
     @property
-    def vector(self) -> int:
-        return 16 // BYTES[self.dtype]
+    def ratio(self) -> float:
+        """The time of `triton` over that of `cuda`."""
+        return self.seconds("triton") / self.seconds("cuda")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Per logit: instructions issued and exponentials, in all sweeps."""
-
-    slots: float
-    exponentials: float
-
-
-def cost(kernel: Kernel) -> Cost:
-    """Compiles the kernel for sm_90 and counts its loops."""
-    with tempfile.TemporaryDirectory(prefix="msdkern-predict-") as name:
-        folder = Path(name)
-        out = folder / "counted.cubin"
-        run(NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", kernel.source(folder), "-o", out)
-        code = instructions(out)["counted"]
-    found = [Sweep.of(code, begin, end) for begin, end in loops(code)]
-    busy = [s for s in found if s["MUFU.EX2"] >= 8]  # and not one row's scalars
-    last = _smallest(s for s in busy if s["STG.128"])
-    half = _smallest(s for s in busy if s["STS"] and not s["STG"])
-    # The loop over the halves of a chunk goes round twice for each time of the loop over chunks.
-    total = [s + h for s, h in zip(last.totals(), half.totals(), strict=True)]
-    sweeps = [(total, kernel.rows * kernel.vector)]
-    move = "LDG.128" if kernel.home == "Streamed" else "LDS.128"
-    inner = [s for s in found if s[move] and not s["STG"] and not s["STS"]]
-    sums = _smallest(s for s in inner if s["MUFU.EX2"] >= 8)
-    sweeps.append((sums.totals(), sums[move] * kernel.vector))
-    if kernel.home == "Tiled":
-        top = _smallest(s for s in inner if not s["MUFU.EX2"])
-        sweeps.append((top.totals(), top[move] * kernel.vector))
-    return Cost(*(sum(totals[i] / logits for totals, logits in sweeps) for i in (0, 1)))
-
-
-class Sweep(Counter[str]):
-    """How often each instruction is in a loop: `LDS`, and `LDS.128` where that is its width."""
-
-    @classmethod
-    def of(cls, code: list[tuple[int, str]], begin: int, end: int) -> Sweep:
-        sweep = cls()
-        for address, text in code:
-            if begin <= address <= end:
-                name, *modifiers = text.split()[0].split(".")
-                sweep.update([name, *(f"{name}.{m}" for m in modifiers if m in ("128", "EX2"))])
-                sweep["all"] += 1
-        return sweep
-
-    def totals(self) -> tuple[int, int]:
-        return self["all"], self["MUFU.EX2"]
-
-
-def _smallest(sweeps: object) -> Sweep:
-    return min(sweeps, key=lambda s: s["all"])  # type: ignore[call-overload, no-any-return]
-
-
-def kernel_of(case: Case) -> Kernel | None:
-    """Which sweeps serve a case; None where others do."""
-    few = case.exits <= 4
-    if case.family != "loss" or case.exits > MOST or case.pair not in PAIRS:
-        return None
-    if case.pair == "dense" and not few:
-        return None
-    t = case.temperature if case.pair != "none" else 1.0
-    power = int(t) if t in (1.0, 2.0, 3.0, 4.0) else 0
-    return Kernel(case.dtype, 4 if few else 8, case.pair, power)
-
-
-def predict(case: Case, spent: Cost) -> dict[str, float]:
-    """Microseconds of each bound on an H200, and the floor's share of the largest."""
-    logits = case.exits * case.rows * case.classes
-    moved = 2 * logits * BYTES[case.dtype]
-    threads = logits / case.exits / case.rows / _threads(case)  # logits of a row that a thread has
-    slots = spent.slots + REDUCTIONS / threads
-    bounds = {
-        "bytes": moved / COPY,
-        "issue": logits * slots / (PROCESSORS * CLOCK * ISSUE),
-        "exponentials": logits * spent.exponentials / (PROCESSORS * CLOCK * EXPONENTIALS),
-    }
-    return {
-        "slots": slots,
-        **{name: 1e6 * seconds for name, seconds in bounds.items()},
-        "floor": bounds["bytes"] / max(bounds.values()),
-    }
-
-
-def _threads(case: Case) -> int:
-    """Threads that share a row: those of csrc/cuda/ladder.h."""
-    per_chunk = 16 // BYTES[case.dtype]
-    pieces = -(-case.classes // per_chunk)
-    for lanes in (8, 32):
-        if pieces <= 4 * lanes:
-            return lanes
-    blocks = 1
-    while case.exits * -(-pieces // (128 * blocks)) * 128 * 16 > 64 * 1024 and blocks < 16:
-        blocks *= 2
-    return 128 * blocks
-
-
-def table(cases: list[Case]) -> list[str]:
-    """Markdown, one line per case."""
-    kernels = {case: kernel_of(case) for case in cases}
-    wanted = sorted({k for k in kernels.values() if k is not None}, key=repr)
-    with ThreadPoolExecutor(2) as pool:
-        costs = dict(zip(wanted, pool.map(cost, wanted), strict=True))
-    lines = [
-        "| case | shape | dtype | slots / logit | exp / logit | bytes, µs | issue, µs | exp, µs |"
-        " percent of the floor |",
-        "|---|---|---|---|---|---|---|---|---|",
+def predictions(wanted: list[tuple[Case, str]]) -> list[Prediction]:
+    """Of cases and divergences. Teachers' rows are exits to Triton's kernels."""
+    kernels = [kernel_of(case, divergence) for case, divergence in wanted]
+    several = sorted(set(kernels), key=repr)
+    binaries = [
+        (c.exits + c.teachers, c.classes, c.dtype, "dense" if c.teachers else c.pair, d)
+        for c, d in wanted
     ]
-    for case, kernel in kernels.items():
-        if kernel is None:
-            continue
-        found = predict(case, costs[kernel])
-        lines.append(
-            f"| {case.name} | {case.shape} | {case.dtype} | {found['slots']:.1f} |"
-            f" {costs[kernel].exponentials:.1f} | {found['bytes']:.1f} | {found['issue']:.1f} |"
-            f" {found['exponentials']:.1f} | {100 * found['floor']:.0f} |"
-        )
+    with ThreadPoolExecutor(2) as pool:
+        costs = dict(zip(several, pool.map(cost, several), strict=True))
+    found = {one: count_triton.binary(*one) for one in sorted(set(binaries))}
+    return [
+        Prediction(case, cuda_work(case, kernel, costs[kernel]), triton_work(case, found[one]))
+        for (case, _), kernel, one in zip(wanted, kernels, binaries, strict=True)
+    ]
+
+
+HEADER = (
+    "| case | shape | dtype | cuda: slots, exp | µs, by | % of the floor |"
+    " triton: slots, exp, passes | µs, by | triton / cuda |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def line(p: Prediction) -> str:
+    floor = 2 * p.case.exits * p.case.rows * p.case.classes * BYTES[p.case.dtype] / COPY
+    took = {name: 1e6 * p.seconds(name) for name in ("cuda", "triton")}
+    return (
+        f"| {p.case.name} | {p.case.shape} | {p.case.dtype} |"
+        f" {p.cuda.slots:.1f}, {p.cuda.exponentials:.1f} |"
+        f" {took['cuda']:.1f} {p.limit('cuda')} | {100 * floor / p.seconds('cuda'):.0f} |"
+        f" {p.triton.slots:.1f}, {p.triton.exponentials:.1f}, {p.triton.passes:g} |"
+        f" {took['triton']:.1f} {p.limit('triton')} | {p.ratio:.2f} |"
+    )
+
+
+def table(wanted: list[tuple[Case, str]]) -> list[str]:
+    """Markdown, one line per case."""
+    return [*HEADER, *map(line, predictions(wanted))]
+
+
+def regions() -> list[str]:
+    """The rows of order.py as they are predicted now, in Python."""
+    rows = order.REGIONS["cuda"]
+    wanted = []
+    for row in rows:
+        exits, n, classes, dtype = row.at
+        pair = "dense" if row.kind == "matrix" else "mutual"
+        divergence = "jsd" if row.kind == "jsd" else "forward_kl"
+        wanted.append((Case(row.kind, exits, n, classes, pair, dtype=dtype), divergence))
+    lines = []
+    for row, p in zip(rows, predictions(wanted), strict=True):
+        cuda, triton = (round(1e6 * p.seconds(name), 1) for name in ("cuda", "triton"))
+        now = row._replace(first=order.faster(cuda, triton), cuda=cuda, triton=triton)
+        lines.append(order.source(now))
     return lines
 
 
 def main() -> None:
-    large = [c for c in CASES.values() if c.device == "cuda" and c.classes >= 1000]
-    print("\n".join(table([c for c in large if c.rows * c.classes >= 1 << 20])))
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda.predict", description=__doc__)
+    parser.add_argument("--regions", action="store_true", help="the rows of executors/order.py")
+    if parser.parse_args().regions:
+        print("\n".join(regions()))
+        return
+    cases = [c for c in CASES.values() if c.device == "cuda" and c.family == "loss"]
+    print("\n".join(table([(c, "forward_kl") for c in cases])))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 import msdkern
 from msdkern.executors import cuda
-from tests.cases import CHOICES, DTYPES, Case, cases, make_case, property_test
+from tests.cases import CHOICES, DTYPES, Case, cases, generator, make_case, property_test
 from tests.ops import test_loss
 from tests.ops.test_loss import check_loss, check_rows
 from tests.oracle import Problem
@@ -46,6 +46,7 @@ RUNGS = {
     "a warp": (8, 3, 128),
     "8 lanes, tiled": (3, 6, 101),
     "a warp, tiled": (6, 5, 256),
+    "a warp, all rows, tiled": (8, 3, 200),
     "a block, tiled": (7, 4, 1000),
     "a block, few exits": (2, 4, 2048),
     "8 lanes, shared": (9, 5, 32),
@@ -64,6 +65,31 @@ def test_every_rung(on_cuda, rung, dtype, pairs):
     if shape[2] > 2048 and pairs not in ("mutual", "matrix"):
         pytest.skip("the sweep is that of the smaller shapes")
     check_loss(make_case(PLAIN | {"dtype": dtype, "pairs": pairs}, shape), ["cuda"])
+
+
+# Row sets that are large for their many rows: half a processor's memory, all of it, a cluster's.
+@pytest.mark.parametrize("shape", [(20, 2, 1000), (32, 2, 1000), (12, 1, 8200)])
+def test_many_exits(on_cuda, shape):
+    check_loss(make_case(PLAIN, shape), ["cuda"])
+
+
+# All shallow exits learn, as beside a frozen classifier: the sweeps of tile.cuh. Others: not.
+@pytest.mark.parametrize("shape", [(6, 3, 64), (5, 3, 301), (4, 5, 96)])
+@pytest.mark.parametrize("without", [(-1,), (-2, -1), (0,)])
+def test_exits_that_need_no_gradient(on_cuda, shape, without):
+    case = make_case(PLAIN, shape)
+    every, some = ([x.clone() for x in case.problem.logits] for _ in range(2))
+    still = [k % shape[0] for k in without]
+    for k in range(shape[0]):
+        every[k].requires_grad_()
+        some[k].requires_grad_(k not in still)
+    for z in (every, some):
+        msdkern.multi_exit_loss(z, **case.problem.options).loss.backward()
+    for k in range(shape[0]):
+        if k in still:
+            assert some[k].grad is None
+        else:
+            torch.testing.assert_close(some[k].grad, every[k].grad, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("order", ["lifo", "1", "2", "3", "4", "5"])
@@ -104,10 +130,36 @@ def test_named_pairs_of_every_divergence(on_cuda, divergence, pairs, detach):
 # fetched for them.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
-def test_many_samples_of_one_block(on_cuda, ignored, dtype):
+@pytest.mark.parametrize("classes", [1100, 1101])
+def test_many_samples_of_one_block(on_cuda, ignored, dtype, classes):
     chosen = PLAIN | {"ignored": ignored, "dtype": dtype}
-    check_loss(make_case(chosen, (3, 40, 1100)), ["cuda"])
-    check_rows(make_case(chosen, (3, 40, 1100)), ["cuda"])
+    check_loss(make_case(chosen, (3, 40, classes)), ["cuda"])
+    check_rows(make_case(chosen, (3, 40, classes)), ["cuda"])
+
+
+# Rows that begin one element, or two, further behind a multiple of 16 bytes from sample to sample:
+# by every team and home, the first classes of a row and the last read by themselves.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 50, 11), (4, 30, 102), (7, 20, 333), (9, 9, 251), (2, 9, 8203)]
+)
+@pytest.mark.parametrize(
+    "change", [{}, {"divergence": "jsd"}, {"pairs": "matrix", "target": "probabilities"}]
+)
+def test_rows_that_begin_behind_16_bytes(on_cuda, shape, dtype, change):
+    if shape[2] > 8000 and (change or dtype == torch.float64):
+        pytest.skip("the sweeps are those of the smaller shapes")
+    check_loss(make_case(PLAIN | change | {"dtype": dtype}, shape), ["cuda"])
+
+
+@pytest.mark.parametrize("classes", [11, 203])
+def test_rows_without_any_class_are_predicted_as_torch_does(on_cuda, classes):
+    z = [torch.randn(9, classes, generator=generator(k)).bfloat16() for k in range(3)]
+    for k, n in ((0, 3), (1, 4), (2, 8)):
+        z[k][n] = -math.inf
+        z[k][n - 1, 5:7] = math.nan
+    found = msdkern.multi_exit_loss(z, pair_weight="mutual").prediction
+    assert torch.equal(found, torch.stack([x.float().argmax(-1) for x in z]))
 
 
 # Offsets of exponents in base 2 are rounded where elements have 2 bytes: it must not show.
