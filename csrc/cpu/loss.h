@@ -83,9 +83,9 @@ struct Loss {
             if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
             samples = 1;  // those that must go row by row
         }
-        Writes writes = streams ? Writes::kStream : Writes::kPlain;
+        Writes writes = streams || targets.dense ? Writes::kAny : Writes::kPlain;
         for (int k = 0; k < exits; ++k)
-            if (targets.dense || !c.gradient[k]) writes = Writes::kAny;
+            if (!c.gradient[k]) writes = Writes::kAny;
         if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits) {
             if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits, writes))
                 student = unrolled;

@@ -243,10 +243,10 @@ struct Dense : Mixture<Real, NV> {
     INLINE_MEMBER V value(int v, V gradient, V) const { return this->moment[v] + gradient; }
 };
 
-// Which gradients are written: none; of all exits, to caches or past them, without mass on other
-// classes than the label's; or as the sweep says. What the sweep need not be asked the compiler
-// need not keep at hand.
-enum class Writes { kNone, kPlain, kStream, kAny };
+// Which gradients are written: none; of all exits, to the caches, without mass on other classes
+// than the label's; or as the sweep says. What the sweep need not be asked the compiler need not
+// keep at hand.
+enum class Writes { kNone, kPlain, kAny };
 
 template <Writes kWrites, class Source, class V>
 INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V gradient,
@@ -256,7 +256,7 @@ INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V g
     V g = gradient * s.row[i].pair_scale;
     g += at_one<V>(s, power, i, at) * s.row[i].p_scale;
     if (any && s.mass) g -= load(s.mass + at) * s.row[i].mass_scale;
-    put(s.out[i] + at, g, partial, kWrites == Writes::kStream || (any && s.streams));
+    put(s.out[i] + at, g, partial, any && s.streams);
 }
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
@@ -351,15 +351,13 @@ static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes write
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
             ONE(M, kMost, w)                                                                \
     }
-        // Lanes are turned back into rows before anything leaves the caches.
-        constexpr Writes kPast = sizeof(Num) == sizeof(Real) ? Writes::kStream : Writes::kPlain;
-        static const SweepFunction<Real, Num> mutual[3][kMost - 1] = {
-            ROW(Mutual, Writes::kPlain), ROW(Mutual, kPast), ROW(Mutual, Writes::kAny)};
+        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, Writes::kPlain),
+                                                                      ROW(Mutual, Writes::kAny)};
         static const SweepFunction<Real, Num> dense[kMost - 1] = ROW(Dense, Writes::kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
-        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[int(writes) - 1][exits - 2];
+        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[writes == Writes::kAny][exits - 2];
         if (pairs == MSDKERN_PAIRS_DENSE) return dense[exits - 2];
     }
     return nullptr;

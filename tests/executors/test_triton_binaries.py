@@ -56,11 +56,14 @@ HELD = [
     ((5, 100, torch.float32, "mutual", "forward_kl"), "sm_80"),
     ((3, 1000, torch.float16, "dense", "forward_kl"), "sm_90"),
     ((12, 10, torch.float16, "last", "forward_kl"), "gfx942"),
+]
+# Here ptxas parks up to 24 bytes to admit another program per processor. Strict: what is cured is
+# to join the list above.
+PARKED = [
     ((3, 100, torch.float32, "mutual", "jsd"), "sm_100"),
     ((3, 32, torch.float32, "mutual", "forward_kl"), "sm_80"),
     ((4, 2048, torch.float32, "deeper", "forward_kl"), "sm_80"),
 ]
-WITH_PARKED = HELD[-3:]
 LADDER = (2, 4, 10, 16, 32, 64, 100, 200, 512, 1000, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 if EVERYTHING:
@@ -69,23 +72,15 @@ if EVERYTHING:
         *itertools.product(range(2, 33), LADDER, DTYPES, ["dense"], ["forward_kl"]),
         *itertools.product(range(2, 33), LADDER, DTYPES, ["mutual"], ["jsd", "reverse_kl"]),
     ]
-    HELD = WITH_PARKED = list(itertools.product(kinds, aot.TARGETS))
+    HELD, PARKED = list(itertools.product(kinds, aot.TARGETS)), []
 
 
-def parked(binary, threads):
-    """ptxas gives up a register or two, up to three values of 64 bits, where that admits another
-    program per processor: its choice, and not a lack of registers."""
-    programs = 65536 // (threads * binary.registers)
-    return 65536 // (threads * (binary.registers + 8)) < programs and binary.spilled <= 24
+strict = pytest.mark.xfail(strict=True, raises=AssertionError, reason="ptxas parks a few bytes")
 
 
-def under_pressure(binary, found, target):
-    if target in NVIDIA and parked(binary, 32 * found.warps):
-        return False
-    return binary.spilled > 0
-
-
-@pytest.mark.parametrize(("case", "target"), HELD, ids=str)
+@pytest.mark.parametrize(
+    ("case", "target"), [*HELD, *(pytest.param(*x, marks=strict) for x in PARKED)], ids=str
+)
 def test_a_row_set_in_registers_does_not_spill(case, target):
     exits, classes, dtype, pairs, divergence = case
     found = loss_launch(exits, classes, dtype, pairs, divergence)
@@ -93,8 +88,7 @@ def test_a_row_set_in_registers_does_not_spill(case, target):
         assert EVERYTHING
         pytest.skip("swept")
     binary = aot.examine(aot.build(found, target), target)
-    assert not under_pressure(binary, found, target), binary
-    assert binary.spilled == 0 or (case, target) in WITH_PARKED, binary
+    assert binary.spilled == 0, binary
     if target != "gfx942":
         assert binary.registers * found.warps * 32 <= 65536
 
@@ -106,7 +100,7 @@ def test_it_compiles_for_every_target(case, target):
     found = loss_launch(exits, classes, torch.bfloat16, pairs, divergence)
     binary = aot.examine(aot.build(found, target), target)
     assert 0 < binary.registers <= 512
-    assert not (found.arguments["RESIDENT"] and under_pressure(binary, found, target))
+    assert binary.spilled == 0 or not found.arguments["RESIDENT"], binary
     assert binary.spilled <= 64, "a sweep may park a few numbers, no more"
 
 
@@ -167,7 +161,7 @@ def test_many_exits_meet_pair_by_pair_in_a_loop(name):
     assert found.kernel.__name__ == "stacked_kernel"
     compiled = aot.build(found, target)
     binary = aot.examine(compiled, target)
-    assert not under_pressure(binary, found, target), binary
+    assert binary.spilled <= 64, "a loop may park a few numbers, no more"
     assert binary.registers <= 128
     if "ptx" in compiled.asm:  # of 1024 pairs, each has an exponential in code that is unrolled
         assert compiled.asm["ptx"].count("ex2.approx") < 200
@@ -184,7 +178,7 @@ def test_few_classes_that_registers_do_not_hold(case):
     found = loss_launch(exits, classes, dtype, "mutual", divergence)
     assert found.kernel.__name__ == "stacked_kernel"
     binary = aot.examine(aot.build(found, "sm_90"), "sm_90")
-    assert not under_pressure(binary, found, "sm_90"), binary
+    assert binary.spilled <= 64, "a loop may park a few numbers, no more"
 
 
 def metas(count, rows, classes, dtype=torch.float32):
