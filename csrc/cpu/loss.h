@@ -15,9 +15,10 @@ namespace MSDKERN_NAMESPACE {
 // less for exponentials. Up to so many bytes they are kept between the sweeps, beyond recomputed.
 constexpr int64_t kCacheBytes = 32 << 20;
 constexpr int64_t kRowSetBytes = 8 << 20, kRowSetBytesStreaming = 256 << 10;
-// Sums run over at most this many classes before they are added up: fewer roundings in a row.
+// Values are summed over at most this many classes before they are added up: fewer roundings in a
+// row.
 constexpr int64_t kBlock = 4096;
-constexpr int kFewVectors = 32;   // up to here it does not pay to look for maxima in pieces
+constexpr int kFewVectors = 32;   // from here on a row is worth fetching while another is worked on
 constexpr int64_t kWindow = 512;  // classes per step when they are recomputed or converted
 constexpr int64_t kGroupBytes = 16 << 10;  // of exponentials kept for samples worked on together
 
@@ -158,22 +159,27 @@ struct Loss {
     // Maxima, exponentials and their sums of the rows of `count` samples, and their logarithms.
     void softmaxes(int64_t first, int count, const Scratch &scratch) const {
         const Group<Real> &g = scratch.group;
-        if (stored) tops(first, count, scratch);
+        const bool few = stored && classes < kFewVectors * W;
+        if (few) tops(first, count * rows, g);
         with_power(power, [&](auto p) __attribute__((always_inline)) {
-            for (int i = 0; i < count; ++i)
-                for (int r = 0; r < rows; ++r) {
-                    const int at = g.at(i, r);
+            constexpr Powers P = decltype(p)::value;
+            for (int at = 0, i = 0; i < count; ++i)
+                for (int r = 0; r < rows; ++r, ++at) {
                     const S *row = row_of(r, first + i);
+                    const RowStore<Real> out = store_of(scratch, i, r);
+                    Top<Real> top = {g.maximum[at], g.argmax[at]};
                     RowSums<V> sums;
-                    if (stored) {
-                        sums = kept_exponentials<decltype(p)::value>(row, g.maximum[at],
-                                                                     store_of(scratch, i, r));
+                    if (few) {
+                        sums = exponentials<P, true>(row, classes, top.maximum, rate, out);
+                    } else if (stored) {
+                        top = row_top<4>(row, classes);
+                        sums = strips<P, true>(row, classes, top.maximum, rate, out,
+                                               row_at(first, at + 1));
                     } else {
-                        Top<Real> top;
-                        sums = read_once<decltype(p)::value>(row, classes, rate, top);
-                        g.maximum[at] = top.maximum;
-                        g.argmax[at] = top.argmax;
+                        sums = read_once<P>(row, classes, rate, top);
                     }
+                    g.maximum[at] = top.maximum;
+                    g.argmax[at] = top.argmax;
                     scratch.fold_t[at] = sums.at_t;
                     scratch.fold_one[at] = sums.at_one;
                 }
@@ -183,36 +189,16 @@ struct Loss {
         if (divergent) normalize_at_t(g, count, rows, exits);
         normalize_at_one(g, count * rows);
     }
-    void tops(int64_t first, int count, const Scratch &scratch) const {
-        const Group<Real> &g = scratch.group;
-        const int all = count * rows;
-        if (classes < kFewVectors * W) {
-            for (int i = 0; i < all; i += W)
-                short_row_tops<S>(
-                    least(W, all - i), classes,
-                    [&](int j) { return row_of((i + j) % rows, first + (i + j) / rows); },
-                    g.maximum + i, g.argmax + i);
-            return;
-        }
-        for (int i = 0; i < count; ++i)
-            for (int r = 0; r < rows; ++r) {
-                const int64_t n = first + i;
-                const Top<Real> top = row_top<4>(row_of(r, n), classes);
-                g.maximum[g.at(i, r)] = top.maximum;
-                g.argmax[g.at(i, r)] = top.argmax;
-            }
+    // The i-th row from sample `first` on, exits and teachers of a sample one after another; the
+    // last sample's again where there is no further one.
+    const S *row_at(int64_t first, int i) const {
+        return row_of(i % rows, least(first + i / rows, call.rows - 1));
     }
-
-    template <Powers P>
-    INLINE_MEMBER RowSums<V> kept_exponentials(const S *row, Real m, RowStore<Real> out) const {
-        RowSums<V> total = {V{}, V{}};
-        for (int64_t begin = 0; begin < classes; begin += kBlock) {
-            const RowSums<V> sums = exponentials<P, true>(
-                row + begin, least(kBlock, classes - begin), m, rate, out + begin);
-            total.at_t += sums.at_t;
-            total.at_one += sums.at_one;
-        }
-        return total;
+    void tops(int64_t first, int all, const Group<Real> &g) const {
+        for (int i = 0; i < all; i += W)
+            short_row_tops<S>(
+                least(W, all - i), classes, [&](int j) { return row_at(first, i + j); },
+                g.maximum + i, g.argmax + i);
     }
 
     static const bool kDirect = sizeof(S) == sizeof(Real);  // nothing needs conversion

@@ -347,19 +347,38 @@ INLINE RowSums<VecOf<Real>> exponentials(const S *row, int64_t classes, Num m, R
     return {t0 + t1, P == Powers::kOne ? t0 + t1 : o0 + o1};
 }
 
+// The same strip by strip, while what will be read after it, as many classes at `next`, is fetched.
+template <Powers P, bool Store, class S, class Real>
+INLINE RowSums<VecOf<Real>> strips(const S *row, int64_t classes, Real m, Rate<Real> rate,
+                                   RowStore<Real> out, const S *next) {
+    const int64_t kStrip = 1024 / int64_t(sizeof(S));
+    RowSums<VecOf<Real>> total = {};
+    for (int64_t c = 0; c < classes; c += kStrip) {
+        for (int64_t i = 0; i < kStrip; i += 64 / int64_t(sizeof(S)))
+            __builtin_prefetch(next + c + i);
+        const RowSums<VecOf<Real>> sums =
+            exponentials<P, Store>(row + c, least(kStrip, classes - c), m, rate, out + c);
+        total.at_t += sums.at_t;
+        total.at_one += sums.at_one;
+    }
+    return total;
+}
+
 // The same without keeping anything, and the maximum, in one read of a long row from memory: piece
-// by piece, each of which stays in the innermost cache for its exponentials, meanwhile the next is
-// fetched. Sums relative to an earlier maximum are rescaled when a larger one appears.
+// by piece, each of which stays in the innermost cache for its exponentials. Sums relative to an
+// earlier maximum are rescaled when a larger one appears.
 template <Powers P, class S, class Real>
 INLINE RowSums<VecOf<Real>> read_once(const S *row, int64_t classes, Rate<Real> rate,
                                       Top<Real> &top) {
     typedef VecOf<Real> V;
-    const int64_t kPiece = 16384 / int64_t(sizeof(S)), kStrip = kPiece / 16;
+    const int64_t kPiece = 16384 / int64_t(sizeof(S));
     const Real lowest = Real(-__builtin_inf());
-    RowSums<V> total = {V{}, V{}};
+    RowSums<V> total = {};
     top = {lowest, 0};
     for (int64_t begin = 0; begin < classes; begin += kPiece) {
-        const Top<Real> here = row_top<4>(row + begin, least(kPiece, classes - begin));
+        const S *piece = row + begin;
+        const int64_t count = least(kPiece, classes - begin);
+        const Top<Real> here = row_top<4>(piece, count);
         if (here.maximum > top.maximum) {
             const V gap = splat(top.maximum - here.maximum), e = exponential(gap, rate);
             total.at_t *= e;
@@ -368,15 +387,10 @@ INLINE RowSums<VecOf<Real>> read_once(const S *row, int64_t classes, Rate<Real> 
         }
         // 0 while every class is masked by -inf, so that only NaN makes NaN.
         const Real m = top.maximum > lowest ? top.maximum : Real(0);
-        const int64_t end = least(classes, begin + kPiece);
-        for (int64_t c = begin; c < end; c += kStrip) {
-            for (int64_t i = 0; i < kStrip; i += 64 / int64_t(sizeof(S)))
-                __builtin_prefetch(row + c + kPiece + i);
-            const RowSums<V> sums =
-                exponentials<P, false>(row + c, least(kStrip, end - c), m, rate, RowStore<Real>());
-            total.at_t += sums.at_t;
-            total.at_one += sums.at_one;
-        }
+        const RowSums<V> sums =
+            strips<P, false>(piece, count, m, rate, RowStore<Real>(), piece + kPiece);
+        total.at_t += sums.at_t;
+        total.at_one += sums.at_one;
     }
     const V infinite = splat(top.maximum - top.maximum);  // NaN where there is no softmax, else 0
     return {total.at_t + infinite, total.at_one + infinite};
