@@ -6,17 +6,45 @@
 
 namespace MSDKERN_NAMESPACE {
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 // exp(x / T) is 2^(x scale).
 template <class Real>
 struct Rate {
-    Real scale, lowest;  // log2(e) / T, and the x that makes a power of 0
-    explicit Rate(double temperature = 1)
-        : scale(Real(1.4426950408889634074 / temperature)),
-          lowest((sizeof(Real) == 4 ? -127 : -1023) / scale) {}
+    Real scale, rest;      // log2(e) / T in two parts
+    Real step, step_rest;  // T ln 2 in two parts, the first so short that n step is exact
+    Real lowest;           // the x that makes a power of 0
+    explicit Rate(double temperature = 1) {
+        const bool single = sizeof(Real) == 4;
+        const double exact = 1.4426950408889634074 / temperature;
+        scale = Real(exact);
+        rest = single ? Real(exact - double(scale)) : Real(2.0355273740931033e-17 / temperature);
+        const double unit = temperature * 0.69314718055994530942, most = single ? 3.4e38 : 1.7e308;
+        // Adding a large number and taking it off again leaves 12 bits of a float, 39 of a double.
+        const double large = unit * (single ? 4096 : 16384);
+        step = Real(unit < most ? unit : most), step_rest = 0;
+        if (large < most / 2) {
+            step = (step + Real(large)) - Real(large);
+            step_rest = Real((unit - double(step)) + temperature * 2.3190468138462996e-17);
+        }
+        const double edge = (single ? -127 : -1023) / exact;
+        lowest = Real(edge > -most ? edge : -most);
+    }
 };
 
-// exp(x / T) for x <= 0: exactly 1 at 0, 0 below the smallest normal, NaN for NaN. The scale is
-// rounded once, as 1 / T would be, and the product never.
+// x scale less the whole or broken number n nearest to it, as if the product were not rounded.
+template <class V, class Real>
+INLINE V remainder_of(V x, V n, Rate<Real> rate) {
+    if constexpr (kFused) return x * rate.rest + (x * rate.scale - n);
+    return ((x - n * rate.step) - n * rate.step_rest) * rate.scale;
+}
+
+// exp(x / T) for x <= 0: exactly 1 at 0, NaN for NaN; 0 for what is below half the smallest normal,
+// and between the two not exact.
 INLINE VecF exponential(VecF x, Rate<float> rate) {
     x = maximum(splat(rate.lowest), x);
 #if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
@@ -29,7 +57,7 @@ INLINE VecF exponential(VecF x, Rate<float> rate) {
     };
     const float shift = 786432.0f;  // 1.5 * 2^19: the low bits of t hold round(16 x scale)
     const VecF t = x * rate.scale + shift;
-    const VecF r = x * rate.scale - (t - shift);
+    const VecF r = remainder_of(x, VecF(t - shift), rate);
     const VecF whole = (VecF)(_mm512_permutexvar_epi32((__m512i)t, read<__m512i>(sixteenths)));
     const VecF power = (VecF)((IntF)whole + ((IntF)t << 19));
     VecF p = r * 5.5504109e-2f + 2.4022651e-1f;
@@ -39,7 +67,7 @@ INLINE VecF exponential(VecF x, Rate<float> rate) {
     // 1.5 * 2^23 + 127: the low bits of t hold round(x scale) with the exponent's bias.
     const float shift = 12583039.0f;
     const VecF t = x * rate.scale + shift;
-    const VecF r = x * rate.scale - (t - shift);
+    const VecF r = remainder_of(x, VecF(t - shift), rate);
     // 1 + r p(r) on [-1/2, 1/2]; p minimises the relative error, 3e-9.
     VecF p = splat(1.53210734e-4f);
     p = p * r + 1.33902184e-3f;
@@ -57,7 +85,7 @@ INLINE VecD exponential(VecD x, Rate<double> rate) {
     x = maximum(splat(rate.lowest), x);
     const double shift = 6755399441056767.0;  // 1.5 * 2^52 + 1023
     const VecD t = x * rate.scale + shift;
-    const VecD r = (x * rate.scale - (t - shift)) * 0.69314718055994530942;
+    const VecD r = remainder_of(x, VecD(t - shift), rate) * 0.69314718055994530942;
     VecD p = splat(1.0 / 6227020800.0);  // Taylor to degree 13: 4e-18 at ln 2 / 2
     p = p * r + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;

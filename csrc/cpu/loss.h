@@ -172,7 +172,7 @@ struct Loss {
                     if (few) {
                         sums = exponentials<P, true>(row, classes, top.maximum, rate, out);
                     } else if (stored) {
-                        top = row_top<4>(row, classes);
+                        top = row_top(row, classes);
                         sums = strips<P, true>(row, classes, top.maximum, rate, out,
                                                row_at(first, at + 1));
                     } else {

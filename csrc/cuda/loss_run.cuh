@@ -72,7 +72,7 @@ class Chooser {
         plan_.turn = int(step % 16 / sizeof(S));
         plan_.spare = plan_.lead || plan_.turn ? kVector<S> - 1 : 0;
     }
-    // Gradients of no exit, of every one, or of all but the deepest: as many as the sweeps store at
+    // Gradients of no exit, of every one, or of the shallowest ones: as many as the sweeps store at
     // least (homes.cuh).
     bool shallow_learn() const {
         int first = 0, all = 0;
@@ -119,7 +119,7 @@ class Chooser {
             aligned(int64_t(sizeof(RowState<Real>)) * rows_ + reals * int64_t(sizeof(Real))) +
             aligned(p.fields * 8);
         p.tile = tile_;
-        // A thread's numbers per row: Tile::softmaxes() has the most.
+        // A thread's numbers per row: TileSums::softmaxes() has the most.
         const int per_thread = rung.home == Home::kRegisters ? 0
                                : !p.tile                     ? 2 * call_.exits
                                : rung.home == Home::kShared  ? rows_

@@ -62,7 +62,11 @@ def binary(exits: int, classes: int, dtype: str, pair: str, divergence: str) -> 
     all_of_it = Span.of(code, 0, end)
     given = found.arguments
     sweeps = [] if given["RESIDENT"] else _sweeps(code, end)
+    # Where exits are met one by one, in a loop within the sweep, it is counted as often.
+    partners = given["COUNT"] if found.kernel.__name__ == "stacked_kernel" else 1
+    again = [(partners - 1, s) for s in _nested(code, end)] if sweeps else []
     step = [sum(s[name] for s in sweeps) for name in ("all", "MUFU.EX2")]
+    met = [sum(times * s[name] for times, s in again) for name in ("all", "MUFU.EX2")]
     return Binary(
         found.kernel.__name__,
         bool(given["RESIDENT"]),
@@ -71,14 +75,23 @@ def binary(exits: int, classes: int, dtype: str, pair: str, divergence: str) -> 
         found.warps,
         aot.examine(compiled, "sm_90").registers,
         (all_of_it["all"] - step[0], all_of_it["MUFU.EX2"] - step[1]),
-        (step[0], step[1]),
+        (step[0] + met[0], step[1] + met[1]),
         max(1, len(sweeps)),
     )
 
 
+def _busy(code: list[tuple[int, str]], end: int) -> list[Span]:
+    found = [Span.of(code, first, last) for first, last in loops(code) if last < end]
+    return [s for s in found if s["MUFU.EX2"]]
+
+
+def _nested(code: list[tuple[int, str]], end: int) -> list[Span]:
+    """The loops within sweeps: over the exits that each is compared with."""
+    busy = _busy(code, end)
+    return [s for outer in busy for s in inside(busy, outer)]
+
+
 def _sweeps(code: list[tuple[int, str]], end: int) -> list[Span]:
     """The loops over classes."""
-    found = [Span.of(code, first, last) for first, last in loops(code) if last < end]
-    busy = [s for s in found if s["MUFU.EX2"]]
-    nested = [s for outer in busy for s in inside(busy, outer)]
-    return [s for s in busy if not any(s is n for n in nested)]
+    nested = {(s.begin, s.end) for s in _nested(code, end)}
+    return [s for s in _busy(code, end) if (s.begin, s.end) not in nested]

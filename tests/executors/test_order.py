@@ -113,10 +113,10 @@ def test_ops_without_a_row_take_the_order_of_the_device(both):
 
 def test_explain_tells_the_order_where_there_is_a_choice(both, monkeypatch):
     lines = msdkern.explain().splitlines()
-    begin = lines.index("first for losses on cuda (derived from machine code, not measured):")
+    begin = lines.index(f"first for losses on cuda ({order.BASIS}):")
     told = [line.strip() for line in lines[begin + 1 :]]
     assert told == [f"{row.extent}: {row.first}" for row in ROWS]
-    assert "jsd, up to 7 exits and 64 classes: triton" in told
+    assert "jsd, up to 5 exits and 16 classes: triton" in told
     kept = executors.reason
     monkeypatch.setattr(executors, "reason", lambda n: "gone" if n == "triton" else kept(n))
     assert executors.shapes() == []

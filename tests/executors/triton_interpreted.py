@@ -16,6 +16,7 @@ from tests.cases import DTYPES, KINDS, generator, lay_out, make_case, make_logit
 from tests.ops.test_loss import PLAIN, check_loss, check_rows
 from tests.ops.test_softmax import check_softmax
 from tests.ops.test_statistics import check_statistics, tied_and_nan
+from tests.servers import serve
 
 TRITON = ("triton",)
 
@@ -153,6 +154,25 @@ def test_exits_as_an_axis_for_every_kind_of_logits(kind, stacking):
     for chosen, dtype in zip(pairwise, DTYPES[1:], strict=False):
         chosen = {"kind": kind, "pairs": "mutual", "detach_teacher": False, "dtype": dtype} | chosen
         check_loss(make_case(PLAIN | chosen, (2, 2, 21)), TRITON)
+
+
+@pytest.mark.parametrize("pairs", ["mutual", "last", "deeper", "next"])
+def test_exits_as_an_axis_beside_a_teacher_without_weight_that_holds_nan(pairs, stacking):
+    given = make_logits("random", (4, 3, 21), torch.float32)
+    z, bad = given[:3], given[3]
+    bad[0, 5] = torch.nan
+    found = {}
+    for server in ("eager", *TRITON):
+        mine = [x.clone().requires_grad_() for x in z]
+        with serve(server):
+            out = msdkern.multi_exit_loss(
+                mine, pair_weight=pairs, teacher_logits=[bad], pair_divergence=True
+            )
+        out.loss.backward()
+        found[server] = [out.loss, *(x.grad for x in mine)]
+    eager, triton = found.values()
+    assert torch.isfinite(eager[0])
+    torch.testing.assert_close(triton, eager)
 
 
 @pytest.mark.parametrize("pairs", ["mutual", "last", "deeper", "next", "matrix"])

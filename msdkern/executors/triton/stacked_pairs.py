@@ -27,7 +27,9 @@ FACTS = tl.constexpr(5)  # maximum, 1 / s, gap, log s, and dL/dD
 
 @triton.jit
 def softmax_tile(where, there, c, classes, m, inverse_t, inverse, REAL: tl.constexpr):
-    """x, e and q of one block of classes; e and q are 0 for exits that are not there."""
+    """x, e and q of one block of classes; e and q are 0 for exits that are not there, whatever is
+    given of them: a teacher without weight may hold NaN."""
+    m, inverse = tl.where(there, m, 0.0), tl.where(there, inverse, 0.0)
     inside = there[:, None] & (c < classes)[None, :]
     z = tl.load(where[:, None] + c[None, :], mask=inside, other=float("-inf")).to(REAL)
     x = (z - m[:, None]) * inverse_t
