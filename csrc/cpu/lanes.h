@@ -160,19 +160,17 @@ class Lanes {
         const int first = g.at(0, r);
         store(g.maximum + first, m);
         for (int lane = 0; lane < W; ++lane) g.argmax[first + lane] = tops.at[lane];
-        V at_t = V{}, at_one = V{};
+        RowSums<V> sums = {};
         with_power(loss.power, [&](auto power) __attribute__((always_inline)) {
             for (int64_t c = 0; c < loss.classes; c += kSpan) {
                 const int64_t count = least(kSpan, loss.classes - c);
                 const RowStore<Real> out = {e_of(r) + c * W, one_of(r) + c * W};
-                const RowSums<V> sums = exponentials<decltype(power)::value, true>(
-                    from + c * W, count * W, m, loss.rate, out);
-                at_t += sums.at_t;
-                at_one += sums.at_one;
+                sums += exponentials<decltype(power)::value, true>(from + c * W, count * W, m,
+                                                                   loss.rate, out);
             }
         });
-        store(g.sum_t + first, at_t);
-        store(g.sum_one + first, at_one);
+        store(g.sum_t + first, sums.at_t);
+        store(g.sum_one + first, sums.at_one);
     }
 
     V exit_weight(int k, int64_t first, int count) const {

@@ -84,13 +84,12 @@ struct Loss {
             if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
             samples = 1;  // those that must go row by row
         }
-        Writes writes = streams || targets.dense ? Writes::kAny : Writes::kPlain;
-        for (int k = 0; k < exits; ++k)
-            if (!c.gradient[k]) writes = Writes::kAny;
+        bool plain = !streams && !targets.dense;
+        for (int k = 0; k < exits; ++k) plain &= c.gradient[k] != nullptr;
         if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits) {
-            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits, writes))
+            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits, plain))
                 student = unrolled;
-            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits, writes);
+            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits, plain);
             if (lane_student && unrolled) lane_student = unrolled;
         }
     }

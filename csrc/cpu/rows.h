@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every kernel shares: blocks of rows over threads, scratch memory, and the softmax of a row.
+// What every kernel shares: blocks of rows over threads, scratch memory, and the exponentials of a
+// row.
 #pragma once
 
 #include <stdlib.h>
@@ -136,6 +137,10 @@ struct RowStore {
 template <class V>
 struct RowSums {
     V at_t, at_one;  // sums of exponentials, lane by lane
+    INLINE_MEMBER void operator+=(const RowSums &more) {
+        at_t += more.at_t;
+        at_one += more.at_one;
+    }
 };
 
 // What a sum over vectors of classes comes to for each sample: a number; or the vector itself,
@@ -188,10 +193,8 @@ INLINE RowSums<VecOf<Real>> strips(const S *row, int64_t classes, Real m, Rate<R
     for (int64_t c = 0; c < classes; c += kStrip) {
         for (int64_t i = 0; i < kStrip; i += 64 / int64_t(sizeof(S)))
             __builtin_prefetch(next + c + i);
-        const RowSums<VecOf<Real>> sums = exponentials<P, Store>(
-            row + c, least(kStrip, classes - c), m, rate, Store ? out + c : out);
-        total.at_t += sums.at_t;
-        total.at_one += sums.at_one;
+        total += exponentials<P, Store>(row + c, least(kStrip, classes - c), m, rate,
+                                        Store ? out + c : out);
     }
     return total;
 }
@@ -219,13 +222,11 @@ INLINE RowSums<VecOf<Real>> read_once(const S *row, int64_t classes, Rate<Real> 
         }
         // 0 while every class is masked by -inf, so that only NaN makes NaN.
         const Real m = top.maximum > lowest ? top.maximum : Real(0);
-        const RowSums<V> sums =
-            strips<P, false>(piece, count, m, rate, RowStore<Real>(), piece + kPiece);
-        total.at_t += sums.at_t;
-        total.at_one += sums.at_one;
+        total += strips<P, false>(piece, count, m, rate, RowStore<Real>(), piece + kPiece);
     }
     const V infinite = splat(top.maximum - top.maximum);  // NaN where there is no softmax, else 0
-    return {total.at_t + infinite, total.at_one + infinite};
+    total += {infinite, infinite};
+    return total;
 }
 
 // logarithm() of n values in place.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sweeps over the classes of one sample: q, l and p of all exits in, divergences and gradients
-// out. Everything here works on scratch rows of whole vectors in Real.
+// out. Everything here works on rows in Real: exponentials and what else is kept in whole vectors,
+// logits in the caller's rows where these are in Real, whose ends are read in part.
 #pragma once
 
 #include "../msdkern.h"
@@ -69,22 +70,22 @@ INLINE void put(Real *to, VecOf<Real> v, int partial, bool streams) {
 
 // q and x = z - m of row r at offset c, and d = l less the l of another row, the reference. The
 // difference of x is formed first: it is exact, or nearly, where exits agree.
-template <class V, class Source>
-INLINE V probability(const Source &s, int r, int64_t c) {
+template <class V, class Real, class Num>
+INLINE V probability(const Sweep<Real, Num> &s, int r, int64_t c) {
     return load(s.e[r] + c) * s.row[r].inverse_t;
 }
-template <class V, class Source>
-INLINE V below_maximum(const Source &s, int r, int64_t c, int partial = 0) {
+template <class V, class Real, class Num>
+INLINE V below_maximum(const Sweep<Real, Num> &s, int r, int64_t c, int partial = 0) {
     return load_some(s.z[r] + c, partial) - s.row[r].maximum;
 }
-template <class V, class Source, class Gap>
-INLINE V relative_log(const Source &s, V x, V reference, Gap gap) {
+template <class V, class Real, class Num, class Gap>
+INLINE V relative_log(const Sweep<Real, Num> &s, V x, V reference, Gap gap) {
     return (x - reference) * s.inverse_temperature - gap;
 }
 
 // exp(z - m) of exit i.
-template <class V, class Source>
-INLINE V at_one(const Source &s, Powers power, int i, int64_t c) {
+template <class V, class Real, class Num>
+INLINE V at_one(const Sweep<Real, Num> &s, Powers power, int i, int64_t c) {
     return raised(power, load(s.one[i] + c));
 }
 
@@ -342,7 +343,7 @@ static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gr
 // [exits - 2], few exits and no external teachers: forward KL of a float training step, unrolled
 // where that pays. Null where there is none.
 template <class Real, class Num>
-static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes writes) {
+static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) {
     if constexpr (sizeof(Real) == sizeof(float)) {
         constexpr int kMost = 8;
 #define ONE(M, K, writes) student_sweep<Real, Num, M, false, writes, K>
@@ -351,13 +352,13 @@ static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes write
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
             ONE(M, kMost, w)                                                                \
     }
-        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, Writes::kPlain),
-                                                                      ROW(Mutual, Writes::kAny)};
+        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, Writes::kAny),
+                                                                      ROW(Mutual, Writes::kPlain)};
         static const SweepFunction<Real, Num> dense[kMost - 1] = ROW(Dense, Writes::kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
-        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[writes == Writes::kAny][exits - 2];
+        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[plain][exits - 2];
         if (pairs == MSDKERN_PAIRS_DENSE) return dense[exits - 2];
     }
     return nullptr;
