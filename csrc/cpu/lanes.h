@@ -48,7 +48,7 @@ class Lanes {
           call(l.call),
           g(static_cast<Real *>(memory) + l.rows * row_size(l), l.rows * W, 1, W),
           kept(static_cast<Real *>(memory)),
-          s(l.power) {
+          s(l.power, l.rate) {
         s.exits = loss.exits;
         s.rows = loss.rows;
         s.pairs = call.pairs;

@@ -12,14 +12,15 @@
 namespace MSDKERN_NAMESPACE {
 
 // Gradients that no cache will hold are written past them; then there is room for the logits, and
-// less for exponentials. Up to so many bytes they are kept between the sweeps, beyond recomputed.
+// less for exponentials. These are kept between the sweeps up to so many bytes per sample: beyond,
+// one sweep takes them again for less than reading them costs, two only where no cache holds them.
 constexpr int64_t kCacheBytes = 32 << 20;
-constexpr int64_t kRowSetBytes = 8 << 20, kRowSetBytesStreaming = 256 << 10;
+constexpr int64_t kKeptStreaming = 256 << 10, kKeptForOne = 480 << 10, kKeptForTwo = 8 << 20;
 // Values are summed over at most this many classes before they are added up: fewer roundings in a
 // row.
 constexpr int64_t kBlock = 4096;
 constexpr int kFewVectors = 32;   // from here on a row is worth fetching while another is worked on
-constexpr int64_t kWindow = 512;  // classes per step when they are recomputed or converted
+constexpr int64_t kWindow = 512;  // classes per step when they are refilled or converted
 constexpr int64_t kGroupBytes = 16 << 10;  // of exponentials kept for samples worked on together
 
 template <class S>
@@ -35,7 +36,7 @@ struct Loss {
     const int64_t classes;
     Real row_factor, scale, inverse_t;  // r of the divergences, and s
     Rate<Real> rate;
-    bool divergent, gradient, general, stored, streams;
+    bool divergent, gradient, general, stored, again, streams;  // exponentials: kept or taken again
     Powers power;
     int64_t stride, window, samples;  // samples: worked on together
     SweepFunction<Real> student;
@@ -67,31 +68,24 @@ struct Loss {
             swept && !targets.dense && !c.pair_weight_per_row && Lanes<S, Loss>::fit(rows, classes);
         streams = gradient && swept && !by_lanes && streamable();
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
-        stored = kept <= (streams ? kRowSetBytesStreaming : kRowSetBytes);
+        stored = kept <= (streams ? kKeptStreaming : swept ? kKeptForOne : kKeptForTwo);
+        again = !stored && swept;
         samples = most<int64_t>(1, stored ? least(kMostSamples, kGroupBytes / kept) : 1);
-        window = least(stride, padded<Real>(stored && kDirect ? kBlock : kWindow));
-        careful = two_sweeps = find_pair_sweeps<Real>(c.divergence);
-        const bool named = c.pairs == MSDKERN_PAIRS_MUTUAL || c.pairs == MSDKERN_PAIRS_DEEPER;
-        if (named && !c.pair_divergence && c.divergence != MSDKERN_JSD)
-            two_sweeps = find_named_sweeps<Real>(c.divergence);
-        const int weights = c.pairs == MSDKERN_PAIRS_NONE ? MSDKERN_PAIRS_DENSE : c.pairs;
-        const bool soft = c.divergence == MSDKERN_SOFT_CE;
-        student = cross_entropy_sweep<Real, Real>;
-        if (divergent) student = find_student_sweep<Real>(weights, soft, gradient);
-        lane_student = nullptr;
-        if (by_lanes) {
-            lane_student = cross_entropy_sweep<Real, V>;
-            if (divergent) lane_student = find_student_sweep<Real, V>(weights, soft, gradient);
-            samples = 1;  // those that must go row by row
-        }
+        if (by_lanes) samples = 1;  // those that must go row by row
+        window = least(stride, padded<Real>((stored || again) && kDirect ? kBlock : kWindow));
+        choose_sweeps(by_lanes);
+    }
+
+    void choose_sweeps(bool by_lanes) {
+        careful = two_sweeps = find_pair_sweeps<Real>(call.divergence);
+        const bool named = call.pairs == MSDKERN_PAIRS_MUTUAL || call.pairs == MSDKERN_PAIRS_DEEPER;
+        if (named && !call.pair_divergence && call.divergence != MSDKERN_JSD)
+            two_sweeps = find_named_sweeps<Real>(call.divergence);
         bool plain = !streams && !targets.dense;
-        for (int k = 0; k < exits; ++k) plain &= c.gradient[k] != nullptr;
-        if (divergent && gradient && c.divergence == MSDKERN_FORWARD_KL && rows == exits) {
-            if (const auto unrolled = find_unrolled<Real, Real>(c.pairs, exits, plain))
-                student = unrolled;
-            const auto unrolled = find_unrolled<Real, V>(c.pairs, exits, plain);
-            if (lane_student && unrolled) lane_student = unrolled;
-        }
+        for (int k = 0; k < exits; ++k) plain &= call.gradient[k] != nullptr;
+        student = again ? find_sweep<Real, Real, Exps::kAgain>(call, gradient, plain)
+                        : find_sweep<Real, Real, Exps::kKept>(call, gradient, plain);
+        lane_student = by_lanes ? find_sweep<Real, V, Exps::kKept>(call, gradient, plain) : nullptr;
     }
 
     // Whole vectors at their places, and more of them than fit a cache.
@@ -217,7 +211,7 @@ struct Loss {
         // From the last window back: its exponentials are the likeliest to be in a cache still.
         for (int64_t begin = (classes - 1) / window * window; begin >= 0; begin -= window) {
             const int64_t count = least(window, classes - begin);
-            if (!stored) refill(x, begin, count);
+            if (!stored && sweep != student) refill(x, begin, count);
             if (x.copied) copy_logits(x, begin, count);
             aim(x, begin);
             for (int k = 0; k < exits; ++k) {
@@ -414,7 +408,7 @@ struct Loss {
             return;
         }
         const Scratch s = scratch(memory);
-        Sweep<Real> sweep(power);
+        Sweep<Real> sweep(power, rate);
         sweep.exits = exits;
         sweep.rows = rows;
         sweep.pairs = call.pairs;

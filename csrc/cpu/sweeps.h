@@ -29,7 +29,9 @@ template <class Real, class Num = Real>
 struct Sweep {
     int exits, rows, pairs;  // rows: exits and external teachers
     const Powers power;
-    // Window: logits z, e = exp((z - m) / T), and what exp(z - m) is raised from: e or itself.
+    const Rate<Real> rate;
+    // Window: logits z, e = exp((z - m) / T), and what exp(z - m) is raised from: e or itself. (e
+    // and one only where exponentials are kept.)
     const Real *z[MSDKERN_MAX_ROWS], *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
     const Real *mass;              // u, the target's mass on each class, or null
     Real *out[MSDKERN_MAX_EXITS];  // gradient, or null
@@ -44,7 +46,7 @@ struct Sweep {
     bool detach;
     Real beta;
     Num total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
-    explicit Sweep(Powers p) : power(p) {}
+    Sweep(Powers p, Rate<Real> r) : power(p), rate(r) {}
 };
 
 // A whole vector, or only its first `partial` lanes where that is not 0.
@@ -58,6 +60,12 @@ INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
         store_partial(to, partial, v);
     else
         store(to, v);
+}
+
+// The first `partial` lanes of v, then zeros.
+template <class Real>
+INLINE VecOf<Real> some(VecOf<Real> v, int partial) {
+    return partial ? (first_lanes<Real>(partial) ? v : VecOf<Real>{}) : v;
 }
 
 template <class Real>
@@ -112,18 +120,38 @@ static void correct_values(Sweep<Real, Num> &s, int divergence) {
         }
 }
 
+// Exponentials are kept by the sweep that sums them, or taken again.
+enum class Exps { kKept, kAgain };
+
 // q and x of every row for NV vectors of classes, read once. With K known the compiler keeps them
 // in registers; K = 0 stands for any number.
-template <class Real, int NV, int K>
+template <class Real, int NV, int K, Exps kExps>
 struct Tile {
     typedef VecOf<Real> V;
-    V q[K ? K : MSDKERN_MAX_ROWS][NV], x[K ? K : MSDKERN_MAX_ROWS][NV];
+    static const int kRows = K ? K : MSDKERN_MAX_ROWS, kAgain = kExps == Exps::kAgain;
+    V q[kRows][NV], x[kRows][NV], one[kAgain ? kRows : 1][NV];  // one: exp(x)
     template <class Source>
-    INLINE_MEMBER void read(const Source &s, int rows, int64_t c, int partial) {
+    INLINE_MEMBER void read(const Source &s, Powers power, int rows, int64_t c, int partial) {
         UNROLL for (int r = 0; r < rows; ++r) for (int v = 0; v < NV; ++v) {
-            q[r][v] = probability<V>(s, r, c + v * kLanes<Real>);
             x[r][v] = below_maximum<V>(s, r, c + v * kLanes<Real>, partial);
+            if constexpr (kAgain)
+                exponentiate(s, power, r, v, partial);
+            else
+                q[r][v] = probability<V>(s, r, c + v * kLanes<Real>);
         }
+    }
+    template <class Source>
+    INLINE_MEMBER void exponentiate(const Source &s, Powers power, int r, int v, int partial) {
+        const V e = some<Real>(exponential(x[r][v], s.rate), partial);
+        q[r][v] = e * s.row[r].inverse_t;
+        one[r][v] =
+            power == Powers::kNone ? some<Real>(exponential(x[r][v]), partial) : raised(power, e);
+    }
+    // exp(z - m) of exit i.
+    template <class Source>
+    INLINE_MEMBER V at_one(const Source &s, Powers power, int i, int v, int64_t c) const {
+        if constexpr (kAgain) return one[i][v];
+        return MSDKERN_NAMESPACE::at_one<V>(s, power, i, c);
     }
     // d of row r less row j's: 0 where they agree, and nearly exact where they almost do.
     template <class Source, class Gap>
@@ -250,27 +278,25 @@ struct Dense : Mixture<Real, NV> {
 enum class Writes { kNone, kPlain, kAny };
 
 template <Writes kWrites, class Source, class V>
-INLINE void write_gradient(const Source &s, Powers power, int i, int64_t at, V gradient,
-                           int partial) {
+INLINE void write_gradient(const Source &s, int i, int64_t at, V gradient, V one, int partial) {
     const bool any = kWrites == Writes::kAny;
-    if (kWrites == Writes::kNone || (any && !s.out[i])) return;
     V g = gradient * s.row[i].pair_scale;
-    g += at_one<V>(s, power, i, at) * s.row[i].p_scale;
+    g += one * s.row[i].p_scale;
     if (any && s.mass) g -= load(s.mass + at) * s.row[i].mass_scale;
     put(s.out[i] + at, g, partial, any && s.streams);
 }
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
 // teachers, and the whole gradient. One sweep, O(K) but for Dense.
-template <template <class, int> class Mixer, bool kSoft, Writes kWrites, int NV, int K, class Real,
-          class Num>
+template <template <class, int> class Mixer, bool kSoft, Writes kWrites, Exps kExps, int NV, int K,
+          class Real, class Num>
 INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, VecOf<Real> *value,
                          int partial = 0) {
     typedef VecOf<Real> V;
     typedef Mixer<Real, NV> M;
     const int W = kLanes<Real>, exits = K ? K : s.exits, rows = K ? K : s.rows;
-    Tile<Real, NV, K> tile;
-    tile.read(s, M::kAllRows ? rows : exits, c, partial);
+    Tile<Real, NV, K, kExps> tile;
+    tile.read(s, power, M::kAllRows ? rows : exits, c, partial);
     const bool related = !kSoft && !M::kChain && !M::kAllRows;
     if (related) tile.relate(s, exits);
     M mixer;
@@ -291,14 +317,16 @@ INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, Vec
                             (M::kOwnShare ? mass - q : mass);
             else
                 value[i] += mixer.value(v, gradient, d);
-            write_gradient<kWrites>(s, power, i, at, gradient, partial);
+            if (kWrites == Writes::kPlain || (kWrites == Writes::kAny && s.out[i]))
+                write_gradient<kWrites>(s, i, at, gradient, tile.at_one(s, power, i, v, at),
+                                        partial);
             if (M::kRemembers) mixer.passed(i == exits - 1, v, q, d);
         }
     }
 }
 
 template <class Real, class Num, template <class, int> class Mixer, bool kSoft, Writes kWrites,
-          int K>
+          Exps kExps, int K>
 static void student_sweep(Sweep<Real, Num> &s, int64_t classes) {
     typedef VecOf<Real> V;
     const int W = kLanes<Real>, NV = K ? 1 : kTile;
@@ -308,13 +336,13 @@ static void student_sweep(Sweep<Real, Num> &s, int64_t classes) {
     const auto tiles = [&](auto power) __attribute__((always_inline)) {
         int64_t c = 0;
         for (; c + NV * W <= classes; c += NV * W)
-            student_tile<Mixer, kSoft, kWrites, NV, K>(s, power, c, value);
+            student_tile<Mixer, kSoft, kWrites, kExps, NV, K>(s, power, c, value);
         for (; c + W <= classes; c += W)
-            student_tile<Mixer, kSoft, kWrites, 1, K>(s, power, c, value);
+            student_tile<Mixer, kSoft, kWrites, kExps, 1, K>(s, power, c, value);
         if (c < classes)
-            student_tile<Mixer, kSoft, kWrites, 1, K>(s, power, c, value, int(classes - c));
+            student_tile<Mixer, kSoft, kWrites, kExps, 1, K>(s, power, c, value, int(classes - c));
     };
-    if constexpr (kWrites == Writes::kPlain)
+    if constexpr (kWrites == Writes::kPlain || (K && kExps == Exps::kAgain))
         with_power(s.power, tiles);
     else
         tiles(s.power);
@@ -325,36 +353,35 @@ template <class Real, class Num = Real>
 using SweepFunction = void (*)(Sweep<Real, Num> &, int64_t);
 
 // [pairs][soft][gradient], any number of exits.
-template <class Real, class Num = Real>
+template <class Real, class Num, Exps kExps>
 static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gradient) {
-#define ROW(M)                                                    \
-    {                                                             \
-        {student_sweep<Real, Num, M, false, Writes::kNone, 0>,    \
-         student_sweep<Real, Num, M, false, Writes::kAny, 0>},    \
-            {student_sweep<Real, Num, M, true, Writes::kNone, 0>, \
-             student_sweep<Real, Num, M, true, Writes::kAny, 0>}, \
+#define ONE(M, soft, writes) student_sweep<Real, Num, M, soft, Writes::writes, kExps, 0>
+#define ROW(M)                                                                                   \
+    {                                                                                            \
+        {ONE(M, false, kNone), ONE(M, false, kAny)}, { ONE(M, true, kNone), ONE(M, true, kAny) } \
     }
     static const SweepFunction<Real, Num> table[5][2][2] = {ROW(Mutual), ROW(Last), ROW(Deeper),
                                                             ROW(Next), ROW(Dense)};
 #undef ROW
+#undef ONE
     return table[pairs - MSDKERN_PAIRS_MUTUAL][soft][gradient];
 }
 
 // [exits - 2], few exits and no external teachers: forward KL of a float training step, unrolled
 // where that pays. Null where there is none.
-template <class Real, class Num>
+template <class Real, class Num, Exps kExps>
 static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) {
     if constexpr (sizeof(Real) == sizeof(float)) {
         constexpr int kMost = 8;
-#define ONE(M, K, writes) student_sweep<Real, Num, M, false, writes, K>
+#define ONE(M, K, writes) student_sweep<Real, Num, M, false, Writes::writes, kExps, K>
 #define ROW(M, w)                                                                           \
     {                                                                                       \
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
             ONE(M, kMost, w)                                                                \
     }
-        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, Writes::kAny),
-                                                                      ROW(Mutual, Writes::kPlain)};
-        static const SweepFunction<Real, Num> dense[kMost - 1] = ROW(Dense, Writes::kAny);
+        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, kAny),
+                                                                      ROW(Mutual, kPlain)};
+        static const SweepFunction<Real, Num> dense[kMost - 1] = ROW(Dense, kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
@@ -365,17 +392,34 @@ static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) 
 }
 
 // (6) Cross entropy alone.
-template <class Real, class Num>
+template <class Real, class Num, Exps kExps>
 static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
-    const int W = kLanes<Real>;
+    typedef VecOf<Real> V;
     for (int i = 0; i < s.exits; ++i) {
         if (!s.out[i]) continue;
-        for (int64_t c = 0; c < classes; c += W) {
-            VecOf<Real> g = at_one<VecOf<Real>>(s, s.power, i, c) * s.row[i].p_scale;
+        for (int64_t c = 0; c < classes; c += kLanes<Real>) {
+            const int partial = c + kLanes<Real> <= classes ? 0 : int(classes - c);
+            V one;
+            if constexpr (kExps == Exps::kAgain)
+                one = some<Real>(exponential(below_maximum<V>(s, i, c, partial)), partial);
+            else
+                one = at_one<V>(s, s.power, i, c);
+            V g = one * s.row[i].p_scale;
             if (s.mass) g -= load(s.mass + c) * s.row[i].mass_scale;
-            put(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c), s.streams);
+            put(s.out[i] + c, g, partial, s.streams);
         }
     }
+}
+
+// The fastest sweep for what is wanted.
+template <class Real, class Num, Exps kExps>
+static SweepFunction<Real, Num> find_sweep(const msdkern_loss &call, bool gradient, bool plain) {
+    if (call.pairs == MSDKERN_PAIRS_NONE) return cross_entropy_sweep<Real, Num, kExps>;
+    const bool soft = call.divergence == MSDKERN_SOFT_CE;
+    if (gradient && !soft && !call.teachers)
+        if (const auto unrolled = find_unrolled<Real, Num, kExps>(call.pairs, call.exits, plain))
+            return unrolled;
+    return find_student_sweep<Real, Num, kExps>(call.pairs, soft, gradient);
 }
 
 }  // namespace MSDKERN_NAMESPACE
