@@ -26,7 +26,7 @@ from .cross_entropy import (
     smoothing_of,
 )
 from .divergences import NONE, pair_tile, share, shares
-from .math import JSD, scalar, scales
+from .math import JSD, log_of_sum, scalar, scales
 from .rows import at, batch_is_complete, close, in_exit, load_exits, normalisers, put, start
 from .sweeps import (
     ROW_BACKWARD,
@@ -111,9 +111,9 @@ def loss_kernel(
     ce, weighted = tl.zeros((ROWS, WIDTH), REAL), tl.zeros((ROWS, WIDTH), REAL)
     log_t, log_one, p_scale, u_scale, coefficient, pair_factor = (), (), (), (), (), ()
     for r in tl.static_range(COUNT):
-        log_t = log_t + (tl.log(s[r]),)
+        log_t = log_t + (log_of_sum(s[r]),)
     for k in tl.static_range(K):
-        log_one = log_one + (tl.log(one[k]),)
+        log_one = log_one + (log_of_sum(one[k]),)
         up_ce, up_divergence = tl.broadcast_to(r_ce, row.shape), tl.broadcast_to(r_row, row.shape)
         if FORM == ROW_BACKWARD:
             up_ce = tl.load(upstream_ce + in_exit(k, rows, row), mask=present, other=0)
@@ -140,11 +140,13 @@ def loss_kernel(
         store_counts(mine + 3 * K, valid, label_weight, WEIGHTED)
 
     # (2), (6) Divergences and gradients.
-    value, total, dense_ce = (), (), ()
+    value, total, dense_ce, h = (), (), (), ()
     for k in tl.static_range(K):
         value = value + (start(ROWS, BLOCK, REAL, WIDE),)
         total = total + (start(ROWS, BLOCK, REAL, WIDE),)
         dense_ce = dense_ce + (start(ROWS, BLOCK, REAL, WIDE),)
+        if not WIDE and not DIRECT:
+            h = h + (tl.zeros((ROWS, BLOCK), REAL),)
     if DIRECT_HELD:
         value = tl.zeros((ROWS, WIDTH), REAL)
     back = t if DIVERGENT else 1.0  # from x at the temperature to x at 1
@@ -166,7 +168,7 @@ def loss_kernel(
                     DIVERGENCE, DIVERGENT, TARGET, DENSE_TARGET, K, COUNT, STEP, REAL, WIDE,
                 )  # fmt: skip
             else:
-                value, total = general_values(
+                value, total, h = general_values(
                     x, e, value, total, inverse, gap, log_t, b, coefficient, pair_weight, row,
                     rows, PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, K, COUNT, REAL, WIDE,
                 )  # fmt: skip
@@ -179,9 +181,10 @@ def loss_kernel(
                     DENSE_TARGET, COUNT, STEP, ROWS, BLOCK, REAL,
                 )  # fmt: skip
             general_gradients(
-                x, e, u, c, inside, total, inverse, gap, log_t, b, coefficient, p_scale, u_scale,
-                t, inverse_t, y, valid, gradient, pair_weight, row, rows, class_steps, PAIRS,
-                PAIR_ROWS, DIVERGENCE, DETACH, TARGET, DENSE_TARGET, K, COUNT, STEP, REAL, WIDE,
+                x, e, u, c, inside, total, h, inverse, gap, log_t, b, coefficient, p_scale,
+                u_scale, t, inverse_t, y, valid, gradient, pair_weight, row, rows, class_steps,
+                PAIRS, PAIR_ROWS, DIVERGENCE, DETACH, TARGET, DENSE_TARGET, K, COUNT, STEP, REAL,
+                WIDE,
             )  # fmt: skip
 
     # (3) Sums over rows.

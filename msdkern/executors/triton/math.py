@@ -60,13 +60,44 @@ def scales(
 
 
 @triton.jit
+def log_of_normal(x):
+    """log x of a positive normal number, to 0.9 units of float32's last place. tl.log branches to
+    its special cases, and where a kernel takes a hundred logarithms the compiler moves what it
+    can past the branches: hundreds of numbers per thread then wait for the last."""
+    if x.dtype == tl.float64:
+        result = tl.log(x)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        power = (bits - 0x3F2AAAAB) & -0x800000  # of 2, so that x is it times 2/3 .. 4/3
+        f = (bits - power).to(tl.float32, bitcast=True) - 1
+        # log(1 + f) = f + f^2 p(f); p minimises the relative error, 4.5e-9.
+        p = tl.fma(f, -0.129489472, 0.140047578)
+        p = tl.fma(p, f, -0.121671583)
+        p = tl.fma(p, f, 0.140011605)
+        p = tl.fma(p, f, -0.166823054)
+        p = tl.fma(p, f, 0.200107476)
+        p = tl.fma(p, f, -0.249997175)
+        p = tl.fma(p, f, 0.333332084)
+        p = tl.fma(p, f, -0.500000012)
+        n = power.to(tl.float32) * (1.0 / 0x800000)
+        result = tl.fma(n, 0.693147181, tl.fma(f * p, f, f))
+    return result
+
+
+@triton.jit
+def log_of_sum(s):
+    """log of a sum of exponentials, the greatest of which is 1; NaN where there is none."""
+    return log_of_normal(s) + (s - s)
+
+
+@triton.jit
 def log_one_plus(x):
     """log(1 + x) for x > -1, accurate for small x: log u corrected by what 1 + x lost."""
     # A ratio of probabilities. Bounded, so that neither end makes inf - inf or 0 / 0.
     x = tl.where(x < 1e37, x, 1e37)
     u = 1 + x
     u = tl.where(u > 1e-37, u, 1e-37)
-    return tl.log(u) + (x - (u - 1)) / u
+    return log_of_normal(u) + (x - (u - 1)) / u
 
 
 @triton.jit

@@ -291,8 +291,8 @@ def general_values(
     PAIRS: tl.constexpr, PAIR_ROWS: tl.constexpr, DIVERGENCE: tl.constexpr, DETACH: tl.constexpr,
     K: tl.constexpr, COUNT: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(2) sum_j w_ij D_ij of any divergence, and sum_c dL/dl."""
-    values, totals = (), ()
+    """(2) sum_j w_ij D_ij of any divergence, sum_c dL/dl, and dL/dl itself if it can be held."""
+    values, totals, held = (), (), ()
     for k in tl.static_range(K):
         v, h = pairs_of(
             x, e, inverse, gap, log_t, beta, pair_weight, row, rows, coefficient, k, PAIRS,
@@ -300,30 +300,35 @@ def general_values(
         )  # fmt: skip
         values = values + (add(value[k], v, WIDE),)
         totals = totals + (add(total[k], h, WIDE),)
-    return values, totals
+        if not WIDE:
+            held = held + (h,)
+    return values, totals, held
 
 
 @triton.jit
 def general_gradients(
-    x, e, u, c, inside, total, inverse, gap, log_t, beta, coefficient, p_scale, u_scale,
+    x, e, u, c, inside, total, held, inverse, gap, log_t, beta, coefficient, p_scale, u_scale,
     temperature, inverse_t, label, valid, gradient, pair_weight, row, rows, class_steps,
     PAIRS: tl.constexpr, PAIR_ROWS: tl.constexpr, DIVERGENCE: tl.constexpr, DETACH: tl.constexpr,
     TARGET: tl.constexpr, DENSE_TARGET: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr,
-    STEP: tl.constexpr, REAL: tl.constexpr, STREAM: tl.constexpr,
+    STEP: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     for k in tl.static_range(K):
         if gradient[k] is not None:
-            _, h = pairs_of(
-                x, e, inverse, gap, log_t, beta, pair_weight, row, rows, coefficient, k, PAIRS,
-                PAIR_ROWS, DIVERGENCE, DETACH, K, COUNT, REAL,
-            )  # fmt: skip
+            if WIDE:
+                _, h = pairs_of(
+                    x, e, inverse, gap, log_t, beta, pair_weight, row, rows, coefficient, k, PAIRS,
+                    PAIR_ROWS, DIVERGENCE, DETACH, K, COUNT, REAL,
+                )  # fmt: skip
+            else:
+                h = held[k]
             q = e[k] * inverse[k][:, None]
             g = softmax_jacobian(h, q, total[k][:, None], inverse_t)
             g += label_gradient(
                 x[k], e[k], u, c, label, temperature, p_scale[k], u_scale[k], True, TARGET,
                 DENSE_TARGET,
             )  # fmt: skip
-            store_gradient(gradient[k], row, c, inside, valid, class_steps, g, STEP, STREAM)
+            store_gradient(gradient[k], row, c, inside, valid, class_steps, g, STEP, WIDE)
 
 
 @triton.jit
