@@ -23,6 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
+from msdkern.executors.triton import registers, table
+from msdkern.executors.triton.loss import loss_kernel
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -102,11 +105,21 @@ def describe(launch: Launch):
 
 
 def build(launch: Launch, target: str, **options):
-    """The compiled kernel."""
+    """The compiled kernel, with as many registers as its first launch would have settled on."""
     signature, constants, attributes = describe(launch)
-    kept = {"num_warps": launch.warps, "enable_fp_fusion": launch.fusion}
+    kept = {"num_warps": launch.warps, "enable_fp_fusion": launch.fusion} | options
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    return compile(source, target=TARGETS[target], options=kept | options)
+
+    def one(**limit: int):
+        compiled = compile(source, target=TARGETS[target], options=kept | limit)
+        binary = examine(compiled, target)
+        compiled.n_regs, compiled.n_spills = binary.registers, binary.spilled  # as once loaded
+        return compiled
+
+    held = launch.kernel is loss_kernel and launch.arguments["RESIDENT"]
+    if TARGETS[target].backend == "hip" or not held:
+        return one()
+    return registers.spill_free(one, launch.warps * table.THREADS)[1]
 
 
 # What the binary says ---------------------------------------------------------------------------

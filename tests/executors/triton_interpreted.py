@@ -7,11 +7,15 @@ whole process. A few samples each, as the interpreter is slow.
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import msdkern
 from msdkern.executors.triton import launch, table
+from msdkern.executors.triton.math import log_of_normal, log_of_sum
 from tests.cases import DTYPES, KINDS, generator, lay_out, make_case, make_logits
 from tests.ops.test_loss import PLAIN, check_loss, check_rows
 from tests.ops.test_softmax import check_softmax
@@ -300,6 +304,35 @@ def test_ties_and_nan_as_torch_argmax(sweep, request):
                 loss = msdkern.multi_exit_loss([x]).prediction[0]
             assert torch.equal(found, x.argmax(-1))
             assert torch.equal(loss, x.argmax(-1))
+
+
+@triton.jit
+def log_kernel(x, y, COUNT: tl.constexpr, OF_SUM: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    given = tl.load(x + i)
+    tl.store(y + i, log_of_sum(given) if OF_SUM else log_of_normal(given))
+
+
+def logs(x, of_sum=False):
+    y = torch.empty_like(x)
+    log_kernel[(1,)](x, y, COUNT=x.numel(), OF_SUM=of_sum)
+    return y
+
+
+@pytest.mark.parametrize(("first", "step"), [(0x00800000, 0x7F0), (0x3F000000, 0x10)])
+def test_logarithms(first, step):
+    """Of all normal numbers, and of those about 1. The interpreter rounds products of fused
+    multiply-adds, which costs a quarter of a unit in the last place."""
+    x = torch.arange(first, first + step * 2**20, step, dtype=torch.int32).view(torch.float32)
+    exact = x.double().log()
+    unit = torch.from_numpy(np.spacing(exact.abs().float().numpy())).double()
+    assert bool(((logs(x).double() - exact).abs() <= 1.15 * unit).all())
+
+
+def test_logarithms_of_sums():
+    x = torch.tensor([1.0, torch.nan])
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(logs(x.to(dtype), True), x.to(dtype).log(), equal_nan=True)
 
 
 def test_full_graph():

@@ -185,7 +185,8 @@ def pairs_of(
             w = weight_of(pair_weight, row, rows, k, j, PAIRS, PER_ROW, COUNT, REAL)
             v, student, _ = pair_tile(x, e, inverse, gap, log_t, beta, k, j, DIVERGENCE)
             value += weigh(w[:, None], v)
-            h += weigh((w * coefficient[k])[:, None], student)
+            h += weigh(w[:, None], student)
+    h = weigh(coefficient[k][:, None], h)
     if not DETACH:
         for i in tl.static_range(K):
             if teaches(PAIRS, K, i, k):

@@ -19,7 +19,7 @@ from msdkern.executors.arguments import (
     LossArguments,
 )
 
-from . import table
+from . import registers, table
 from .cross_entropy import count_kernel
 from .loss import loss_kernel
 from .rows import GROUP
@@ -56,6 +56,16 @@ def _groups(programs: int) -> int:
     return -(-programs // int(GROUP))
 
 
+class _Layout(NamedTuple):
+    """What a launch of the loss kernel reads, and how it is dealt out."""
+
+    z: Exits  # exits first, and teachers after them
+    stacked: bool
+    by_pairs: bool
+    plan: table.Plan
+    width: int
+
+
 class _Loss:
     """One call of the loss kernel."""
 
@@ -85,6 +95,71 @@ class _Loss:
             return [], (None,) * self.exits
         return kept, tuple(kept[0].unbind(0)) if kept[0].dim() == 3 else tuple(fresh)
 
+    def layout(self, matrix: bool) -> _Layout:
+        given = self.given
+        # Teachers count only through a matrix of weights, or where their divergences are asked for.
+        teachers = given.teacher_logits if given.pairs == "dense" or matrix else ()
+        z, more = exits_of(self.logits, teachers)
+        z = Exits(z.tensors + more.tensors, z.strides + more.strides, z.step)
+        count = len(z.tensors)
+        direct = given.detach_teacher and self.divergence in ("forward_kl", "soft_ce")
+        kind = "direct" if direct or given.pairs == "none" else "general"
+        double = self.real == torch.float64
+        vector = min(z.step, 16 // self.like.element_size())
+        by_pairs = kind == "general" or matrix or given.pairs == "dense"
+        way = "by pairs" if by_pairs else "by exits"
+        if table.stacks(count, self.classes, vector, kind, way, double):
+            plan = table.stacked_plan(count, self.classes, way, double)
+            return _Layout(z, True, by_pairs, plan, table.power_of_two(count))
+        plan = table.loss_plan(count, self.classes, vector, kind, double)
+        return _Layout(z, False, by_pairs, plan, table.power_of_two(self.exits))
+
+    def counting(self, mean: bool, normalizer: Tensor | None, gradient: bool) -> int:
+        """Whether rows must be counted before gradients are known, and by whom."""
+        counts = self.form == SCALAR and mean and normalizer is None and self.label is not None
+        if not (counts and gradient):
+            return COUNT_LATER
+        return COUNT_HERE if self.rows <= LABELS_EACH else COUNTED
+
+    def sums(self, programs: int, fields: int) -> tuple[Tensor | None, ...]:
+        """Scratch memory for what is added up over the batch."""
+        if self.form != SCALAR:
+            return None, None, None
+        groups = _groups(programs)
+        return (
+            self.new(programs, fields),
+            self.new(groups, fields, dtype=torch.float64),
+            tickets(self.like, groups + 1),
+        )
+
+    def scalars(self, normalizer: Tensor | None) -> tuple[list[Any], int]:
+        given = self.given
+        values = (
+            given.temperature,
+            given.pair_scale,
+            normalizer,
+            given.label_smoothing if given.label_smoothing else None,
+            given.beta if self.divergence == "jsd" else None,
+        )
+        return numbers(values, self.real, self.like)
+
+    def constants(self, layout: _Layout, matrix: bool) -> dict[str, Any]:
+        """What the kernel is compiled for, as far as the call says it."""
+        given, plan = self.given, layout.plan
+        divergent = given.pairs != "none" or matrix
+        return {
+            "FORM": self.form, "PAIRS": PAIR_CODES[given.pairs],
+            "DIVERGENCE": DIVERGENCE_CODES[self.divergence] if divergent else 0,
+            "DETACH": given.detach_teacher or not divergent,
+            "SQUARED": given.temperature_squared, "MATRIX": matrix,
+            "TARGET": 0 if given.target is None else 1 if self.label is not None else 2,
+            "SMOOTH": given.label_smoothing != 0,
+            "EXIT_ROWS": given.by_row[0], "PAIR_ROWS": given.by_row[1],
+            "RESIDENT": plan.resident, "STEP": layout.z.step, "K": self.exits,
+            "COUNT": len(layout.z.tensors), "WIDTH": layout.width, "ROWS": plan.rows,
+            "BLOCK": plan.block, "REAL": REAL[self.real], "num_warps": plan.warps, **EXACT,
+        }  # fmt: skip
+
     def run(
         self,
         gradient: tuple[Tensor | None, ...],
@@ -99,71 +174,43 @@ class _Loss:
                 if output is not None:
                     output.zero_()
             return
-        given = self.given
-        divergent = given.pairs != "none" or matrix
-        # Teachers count only through a matrix of weights, or where their divergences are asked for.
-        teachers = given.teacher_logits if given.pairs == "dense" or matrix else ()
-        z = exits_of(self.logits, teachers)
-        count = self.exits + len(teachers)
-        tensors, strides = z[0].tensors + z[1].tensors, z[0].strides + z[1].strides
-        direct = given.detach_teacher and self.divergence in ("forward_kl", "soft_ce")
-        kind = "direct" if direct or given.pairs == "none" else "general"
-        double = self.real == torch.float64
-        vector = min(z[0].step, 16 // self.like.element_size())
-        by_pairs = kind == "general" or matrix or given.pairs == "dense"
-        way = "by pairs" if by_pairs else "by exits"
-        stacked = table.stacks(count, self.classes, vector, kind, way, double)
-        width = table.power_of_two(count if stacked else self.exits)
-        if stacked:
-            plan = table.stacked_plan(count, self.classes, way, double)
-        else:
-            plan = table.loss_plan(count, self.classes, vector, kind, double)
+        given, layout = self.given, self.layout(matrix)
+        z, plan, count = layout.z, layout.plan, len(layout.z.tensors)
         programs = -(-self.rows // plan.rows)
-        wants_gradient = any(g is not None for g in gradient)
         fields = 3 * self.exits + 2 + (self.exits * count if matrix else 0)
-        sums = group_sums = ticket = counts = facts = None
-        counting = COUNT_LATER
+        wants_gradient = any(g is not None for g in gradient)
+        counting = self.counting(mean, normalizer, wants_gradient)
         with on_device(self.like):
-            if self.form == SCALAR:
-                groups = _groups(programs)
-                sums = self.new(programs, fields)
-                group_sums = self.new(groups, fields, dtype=torch.float64)
-                ticket = tickets(self.like, groups + 1)
-                if mean and normalizer is None and wants_gradient and self.label is not None:
-                    counting = COUNT_HERE if self.rows <= LABELS_EACH else COUNTED
-            if counting == COUNTED:
-                counts = self.count()
-            if stacked and by_pairs:
-                facts = self.new(programs, int(FACTS) * width)
-            scalars, pointers = numbers(
-                (
-                    given.temperature,
-                    given.pair_scale,
-                    normalizer,
-                    given.label_smoothing if given.label_smoothing else None,
-                    given.beta if self.divergence == "jsd" else None,
-                ),
-                self.real,
-                self.like,
-            )
-            target = 0 if given.target is None else 1 if self.label is not None else 2
-            (stacked_kernel if stacked else loss_kernel)[(programs,)](
-                tensors, strides, gradient, self.label, self.probability,
+            sums = self.sums(programs, fields)
+            counts = self.count() if counting == COUNTED else None
+            in_pairs = layout.stacked and layout.by_pairs
+            facts = self.new(programs, int(FACTS) * layout.width) if in_pairs else None
+            scalars, pointers = self.scalars(normalizer)
+            arguments = (
+                z.tensors, z.strides, gradient, self.label, self.probability,
                 0 if self.probability is None else self.probability.stride(0),
                 given.class_weight, given.exit_weight, given.pair_weight, *upstream,
-                *scalars, *outputs, counts, sums, group_sums, ticket, facts,
-                given.ignore_index, self.rows, self.classes // z[0].step,
-                POINTERS=pointers, FORM=self.form, PAIRS=PAIR_CODES[given.pairs],
-                DIVERGENCE=DIVERGENCE_CODES[self.divergence] if divergent else 0,
-                DETACH=given.detach_teacher or not divergent,
-                SQUARED=given.temperature_squared, MEAN=mean, NORMALIZED=normalizer is not None,
-                COUNTING=counting, GRADIENT=wants_gradient, MATRIX=matrix, TARGET=target,
-                SMOOTH=given.label_smoothing != 0,
-                EXIT_ROWS=given.by_row[0], PAIR_ROWS=given.by_row[1],
-                RESIDENT=plan.resident, STEP=z[0].step, K=self.exits, COUNT=count,
-                WIDTH=width, ROWS=plan.rows, BLOCK=plan.block,
-                REAL=REAL[self.real], num_warps=plan.warps, **EXACT,
+                *scalars, *outputs, counts, *sums, facts, given.ignore_index, self.rows,
+                self.classes // z.step,
             )  # fmt: skip
+            constants = self.constants(layout, matrix) | {
+                "POINTERS": pointers, "MEAN": mean, "NORMALIZED": normalizer is not None,
+                "COUNTING": counting, "GRADIENT": wants_gradient,
+            }  # fmt: skip
+            self.launch(layout, (programs,), arguments, constants)
+
+    def launch(
+        self, layout: _Layout, grid: tuple[int], arguments: Any, constants: dict[str, Any]
+    ) -> None:
+        kernel = stacked_kernel if layout.stacked else loss_kernel
+        options: dict[str, int] = {}
+        if layout.plan.resident and registers.limited(self.like.device):
+            # Absent tensors, and numbers in memory or not, are other kernels, too.
+            given = (*map(type, arguments), *map(type, arguments[2]), *constants.values())
+            key = (self.like.device, self.like.dtype, layout.z.strides, self.classes, given)
+            threads = layout.plan.warps * table.THREADS
+            options = registers.options(key, kernel, grid, arguments, constants, threads)
+        kernel[grid](*arguments, **constants, **options)
 
     def count(self) -> Tensor:
         """Valid rows and the sum of their class weights, by a launch of its own: in a batch this

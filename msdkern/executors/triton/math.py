@@ -150,8 +150,10 @@ def pair_terms(q_i, q_j, d, l_i, beta, DIVERGENCE: tl.constexpr):
         alpha = 1 - beta
         teacher_gap = alpha * (q_i - q_j)
         student_gap = -beta * (q_i - q_j)
-        f_j = weigh(q_j, -log_one_plus(teacher_gap / q_j))
-        f_i = weigh(q_i, -log_one_plus(student_gap / q_i))
+        # Where q is 0, its logarithm is bounded. Selecting by q == 0 would keep as many predicates
+        # as there are elements, of which a thread has seven.
+        f_j = -q_j * log_one_plus(teacher_gap / tl.maximum(q_j, 1e-37))
+        f_i = -q_i * log_one_plus(student_gap / tl.maximum(q_i, 1e-37))
         value = beta * (f_j + teacher_gap) + alpha * (f_i + student_gap)
         of_student, of_teacher = alpha * f_i, beta * f_j
     return value, of_student, of_teacher
