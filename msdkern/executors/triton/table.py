@@ -21,12 +21,13 @@ class Plan(NamedTuple):
 # Warps of a program, and how many numbers of a row set [K, C] each of their threads may hold,
 # where an exit counts ROW_NUMBERS besides its elements: x and its exponential are kept of each
 # element, and some eight numbers per row. A thread has 255 registers, in a program of 16 warps
-# 128. "general" are divergences that need one sweep more.
+# 128. "general" are divergences that need one sweep more, pair by pair: the compiler takes all
+# pairs of a student at once, with some eight numbers per element and pair in its hands.
 RESIDENT = {
     "direct": ((4, 49), (8, 49), (16, 28)),
-    "general": ((4, 28), (8, 28), (16, 20)),
+    "general": ((4, 21), (8, 21), (16, 17)),
 }
-ROW_NUMBERS = 3
+ROW_NUMBERS = {"direct": 3, "general": 2}
 RESIDENT_CLASSES = 4096
 # Exits, up to which a sweep takes so many classes per step, with so many warps.
 SWEEPS = {
@@ -64,7 +65,7 @@ def loss_plan(exits: int, classes: int, vector: int, kind: str, double: bool) ->
     # One row per thread: what is kept per row is then kept once.
     rows = max(1, THREADS * RESIDENT[kind][0][0] * vector // block)
     for warps, held in RESIDENT[kind] if block <= RESIDENT_CLASSES else ():
-        each = held // (halved * exits) - ROW_NUMBERS  # elements of one exit, by a thread
+        each = held // (halved * exits) - ROW_NUMBERS[kind]  # elements of one exit, by a thread
         room = THREADS * warps * each
         while rows > 1 and rows * block > room:
             rows //= 2
