@@ -342,7 +342,7 @@ static void student_sweep(Sweep<Real, Num> &s, int64_t classes) {
         if (c < classes)
             student_tile<Mixer, kSoft, kWrites, kExps, 1, K>(s, power, c, value, int(classes - c));
     };
-    if constexpr (kWrites == Writes::kPlain || (K && kExps == Exps::kAgain))
+    if constexpr (kWrites == Writes::kPlain)
         with_power(s.power, tiles);
     else
         tiles(s.power);
@@ -373,7 +373,8 @@ template <class Real, class Num, Exps kExps>
 static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) {
     if constexpr (sizeof(Real) == sizeof(float)) {
         constexpr int kMost = 8;
-#define ONE(M, K, writes) student_sweep<Real, Num, M, false, Writes::writes, kExps, K>
+        constexpr Writes kAny = Writes::kAny, kPlain = kExps == Exps::kKept ? Writes::kPlain : kAny;
+#define ONE(M, K, writes) student_sweep<Real, Num, M, false, writes, kExps, K>
 #define ROW(M, w)                                                                           \
     {                                                                                       \
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
