@@ -369,8 +369,11 @@ def losses():
             pairs = pairs if exits > 1 or pairs == "dense" else "none"  # as the package asks
             teachers = 2 if pairs == "dense" else 0
             yield Call(dtype, exits, teachers, rows, classes, pairs, name, **options)
-    for dtype in DTYPES:  # recomputed by windows, and with the most rows
+    for dtype in DTYPES:  # by windows, with exponentials taken again, and with the most rows
         yield Call(dtype, 3, 0, 2, 7681, "mutual", "forward_kl", t=2.5, smoothing=0.1)
+        yield Call(dtype, 3, 0, 1, 41003, "mutual", "forward_kl", t=3.0)
+        yield Call(dtype, 2, 1, 1, 41003, "dense", "soft_ce", t=1.5)
+        yield Call(dtype, 1, 0, 1, 122893, "none", "forward_kl")
         yield Call(dtype, 2, 1, 2, 11003, "dense", "jsd", detach=False, matrix=True)
         yield Call(dtype, 32, 32, 1, 3, "dense", "forward_kl")
 

@@ -170,6 +170,31 @@ def test_more_gradients_than_a_cache_holds(chosen, shape):
     check_loss(make_case(PLAIN | chosen, shape), SERVERS)
 
 
+# Long rows without so many gradients: exponentials are taken again, by the sweeps of named weights
+# and of matrices, unrolled for up to eight exits, or by those of the careful pairs.
+@pytest.mark.parametrize(
+    ("chosen", "shape"),
+    [
+        ({"pairs": "mutual"}, (5, 2, 24601)),
+        ({"pairs": "mutual", "dtype": torch.bfloat16, "temperature": 2.0}, (3, 2, 41007)),
+        ({"pairs": "mutual", "temperature": 2.5, "target": "probabilities"}, (9, 2, 7013)),
+        ({"pairs": "mutual", "dtype": torch.float64, "temperature": 4.0}, (4, 2, 15401)),
+        ({"pairs": "mutual", "kind": "masked_some"}, (2, 3, 61511)),
+        ({"pairs": "matrix", "temperature": 1.0}, (4, 2, 30777)),
+        ({"pairs": "matrix", "teachers": 1, "kind": "confident"}, (3, 2, 30777)),
+        ({"pairs": "last", "divergence": "soft_ce"}, (4, 2, 30777)),
+        ({"pairs": "deeper", "label_smoothing": 0.1}, (4, 2, 30777)),
+        ({"pairs": "next", "kind": "near"}, (4, 2, 30777)),
+        ({"pairs": None, "class_weight": True}, (1, 3, 122893)),
+        ({"pairs": "deeper", "divergence": "reverse_kl", "dtype": torch.float64}, (9, 2, 131101)),
+    ],
+    ids=str,
+)
+def test_long_rows(chosen, shape):
+    check_loss(make_case(PLAIN | chosen, shape), SERVERS)
+    check_rows(make_case(PLAIN | chosen, shape), SERVERS)
+
+
 # With few classes the lanes of a vector are samples: full vectors, remainders, several blocks.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
