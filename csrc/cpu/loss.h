@@ -83,9 +83,10 @@ struct Loss {
             two_sweeps = find_named_sweeps<Real>(call.divergence);
         bool plain = !streams && !targets.dense;
         for (int k = 0; k < exits; ++k) plain &= call.gradient[k] != nullptr;
-        student = again ? find_sweep<Real, Real, Exps::kAgain>(call, gradient, plain)
-                        : find_sweep<Real, Real, Exps::kKept>(call, gradient, plain);
-        lane_student = by_lanes ? find_sweep<Real, V, Exps::kKept>(call, gradient, plain) : nullptr;
+        const Writes writes = plain ? Writes::kPlain : gradient ? Writes::kAny : Writes::kNone;
+        student = again ? find_sweep<Real, Real, Exps::kAgain>(call, writes)
+                        : find_sweep<Real, Real, Exps::kKept>(call, writes);
+        lane_student = by_lanes ? find_sweep<Real, V, Exps::kKept>(call, writes) : nullptr;
     }
 
     // Whole vectors at their places, and more of them than fit a cache.

@@ -367,27 +367,28 @@ static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gr
     return table[pairs - MSDKERN_PAIRS_MUTUAL][soft][gradient];
 }
 
-// [exits - 2], few exits and no external teachers: forward KL of a float training step, unrolled
-// where that pays. Null where there is none.
+// [exits - 2], few exits and no external teachers: forward KL in float, unrolled where that pays.
+// Null where there is none.
 template <class Real, class Num, Exps kExps>
-static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, bool plain) {
+static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes writes) {
     if constexpr (sizeof(Real) == sizeof(float)) {
         constexpr int kMost = 8;
-        constexpr Writes kAny = Writes::kAny, kPlain = kExps == Exps::kKept ? Writes::kPlain : kAny;
-#define ONE(M, K, writes) student_sweep<Real, Num, M, false, writes, kExps, K>
+        constexpr Writes kNone = Writes::kNone, kAny = Writes::kAny;
+        constexpr Writes kPlain = kExps == Exps::kKept ? Writes::kPlain : kAny;
+#define ONE(M, K, w) student_sweep<Real, Num, M, false, w, kExps, K>
 #define ROW(M, w)                                                                           \
     {                                                                                       \
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
             ONE(M, kMost, w)                                                                \
     }
-        static const SweepFunction<Real, Num> mutual[2][kMost - 1] = {ROW(Mutual, kAny),
-                                                                      ROW(Mutual, kPlain)};
+        static const SweepFunction<Real, Num> mutual[][kMost - 1] = {
+            ROW(Mutual, kNone), ROW(Mutual, kPlain), ROW(Mutual, kAny)};
         static const SweepFunction<Real, Num> dense[kMost - 1] = ROW(Dense, kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
-        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[plain][exits - 2];
-        if (pairs == MSDKERN_PAIRS_DENSE) return dense[exits - 2];
+        if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[int(writes)][exits - 2];
+        if (pairs == MSDKERN_PAIRS_DENSE && writes != kNone) return dense[exits - 2];
     }
     return nullptr;
 }
@@ -414,13 +415,13 @@ static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
 
 // The fastest sweep for what is wanted.
 template <class Real, class Num, Exps kExps>
-static SweepFunction<Real, Num> find_sweep(const msdkern_loss &call, bool gradient, bool plain) {
+static SweepFunction<Real, Num> find_sweep(const msdkern_loss &call, Writes writes) {
     if (call.pairs == MSDKERN_PAIRS_NONE) return cross_entropy_sweep<Real, Num, kExps>;
     const bool soft = call.divergence == MSDKERN_SOFT_CE;
-    if (gradient && !soft && !call.teachers)
-        if (const auto unrolled = find_unrolled<Real, Num, kExps>(call.pairs, call.exits, plain))
+    if (!soft && !call.teachers)
+        if (const auto unrolled = find_unrolled<Real, Num, kExps>(call.pairs, call.exits, writes))
             return unrolled;
-    return find_student_sweep<Real, Num, kExps>(call.pairs, soft, gradient);
+    return find_student_sweep<Real, Num, kExps>(call.pairs, soft, writes != Writes::kNone);
 }
 
 }  // namespace MSDKERN_NAMESPACE
