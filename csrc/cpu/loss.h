@@ -6,6 +6,7 @@
 #include "general.h"
 #include "group.h"
 #include "lanes.h"
+#include "scratch.h"
 #include "targets.h"
 #include "weights.h"
 
@@ -106,52 +107,13 @@ struct Loss {
     static Real *real(void *p) { return static_cast<Real *>(p); }
     static const Real *real(const void *p) { return static_cast<const Real *>(p); }
 
-    // Scratch of one thread: exponentials [samples][rows][arrays][kept], logits [rows][window]
-    // where the sweeps cannot read the caller's, gradients [exits][window] that are yet to be
-    // converted, the mass of a dense target [stride], W [exits][rows], D [exits][rows], and of each
-    // row of a group its scalars and two vectors to be folded.
-    int64_t kept_classes() const { return stored ? stride : window; }
-    int64_t kept_sample() const { return rows * arrays() * kept_classes(); }
-    int64_t matrix() const { return (exits * rows / 16 + 1) * 16; }
-    int64_t converted() const { return kDirect ? 0 : exits * window; }
-    int64_t mass() const { return targets.dense ? stride : 0; }
-    int64_t folded() const { return (samples * rows + W - 1) / W * W * W; }
-    size_t scratch_reals() const {
-        return size_t(samples * kept_sample() + rows * window + converted() + mass() +
-                      2 * matrix() + 2 * folded());
-    }
-    size_t scratch_bytes() const {
-        return scratch_reals() * sizeof(Real) + Group<Real>::bytes(samples * rows);
-    }
-
-    struct Scratch {
-        Real *kept, *logits, *gradient, *mass, *weight, *matrix;
-        V *fold_t, *fold_one;
-        Group<Real> group;
-    };
-    Scratch scratch(void *memory) const {
-        Real *const kept = static_cast<Real *>(memory);
-        Real *const logits = kept + samples * kept_sample();
-        Real *const gradients = logits + rows * window;
-        Real *const u = gradients + converted(), *const weight = u + mass();
-        Real *const matrices = weight + matrix(), *const vectors = matrices + matrix();
-        return {kept,
-                logits,
-                gradients,
-                u,
-                weight,
-                matrices,
-                reinterpret_cast<V *>(vectors),
-                reinterpret_cast<V *>(vectors + folded()),
-                Group<Real>(kept + scratch_reals(), samples * rows, rows, 1)};
-    }
-    RowStore<Real> store_of(const Scratch &scratch, int sample, int r) const {
-        Real *at = scratch.kept + sample * kept_sample() + r * arrays() * kept_classes();
-        return {at, at + (arrays() - 1) * kept_classes()};
+    ScratchSizes sizes() const {
+        return {samples, exits,    rows,         arrays(), stored ? stride : window,
+                window,  !kDirect, targets.dense};
     }
 
     // Maxima, exponentials and their sums of the rows of `count` samples, and their logarithms.
-    void softmaxes(int64_t first, int count, const Scratch &scratch) const {
+    void softmaxes(int64_t first, int count, const Scratch<Real> &scratch) const {
         const Group<Real> &g = scratch.group;
         const bool few = stored && classes < kFewVectors * W;
         if (few) tops(first, count * rows, g);
@@ -160,7 +122,7 @@ struct Loss {
             for (int at = 0, i = 0; i < count; ++i)
                 for (int r = 0; r < rows; ++r, ++at) {
                     const S *row = row_of(r, first + i);
-                    const RowStore<Real> out = store_of(scratch, i, r);
+                    const RowStore<Real> out = scratch.store_of(i, r);
                     Top<Real> top = {g.maximum[at], g.argmax[at]};
                     RowSums<V> sums;
                     if (few) {
@@ -202,7 +164,7 @@ struct Loss {
         int64_t n;
         int index, first;
         bool copied;  // the sweeps read whole vectors of logits, or another dtype
-        const Scratch &scratch;
+        const Scratch<Real> &scratch;
         Sweep<Real> &s;
     };
 
@@ -230,7 +192,7 @@ struct Loss {
             for (int r = 0; r < rows; ++r)
                 exponentials<decltype(p)::value, true>(row_of(r, x.n) + begin, count,
                                                        x.scratch.group.maximum[x.first + r], rate,
-                                                       store_of(x.scratch, x.index, r));
+                                                       x.scratch.store_of(x.index, r));
         });
     }
     void copy_logits(const Sample &x, int64_t begin, int64_t count) const {
@@ -245,7 +207,7 @@ struct Loss {
         Sweep<Real> &s = x.s;
         const int64_t at = stored ? begin : 0;
         for (int r = 0; r < rows; ++r) {
-            const RowStore<Real> kept = store_of(x.scratch, x.index, r);
+            const RowStore<Real> kept = x.scratch.store_of(x.index, r);
             s.z[r] = x.copied ? x.scratch.logits + r * window : direct(row_of(r, x.n)) + begin;
             s.e[r] = kept.e + at;
             if (r < exits) s.one[r] = kept.one + at;  // e itself where powers of it serve
@@ -283,7 +245,7 @@ struct Loss {
             if (call.gradient[k]) memset(gradient_of(k, n), 0, size_t(classes) * sizeof(S));
     }
     // (1)-(7) for samples first to last, `samples` of them at most.
-    void group(int64_t first, int64_t last, const Scratch &scratch, Sweep<Real> &s,
+    void group(int64_t first, int64_t last, const Scratch<Real> &scratch, Sweep<Real> &s,
                Partial *partial) const {
         const int count = int(last - first);
         softmaxes(first, count, scratch);
@@ -389,8 +351,8 @@ struct Loss {
         return false;
     }
 
-    void by_lanes(int64_t first, int64_t last, void *memory, const Scratch &scratch, Sweep<Real> &s,
-                  Partial *partial) const {
+    void by_lanes(int64_t first, int64_t last, void *memory, const Scratch<Real> &scratch,
+                  Sweep<Real> &s, Partial *partial) const {
         Lanes<S, Loss> lanes(*this, memory, scratch.weight);
         for (int64_t n = first; n < last; n += W) {
             unsigned left = lanes.group(n, least(last, n + W));
@@ -402,13 +364,14 @@ struct Loss {
         if (partial) lanes.add_to(*partial);
     }
     void block(int64_t first, int64_t last, Partial *partial) const {
-        const size_t mine = (scratch_bytes() + 63) / 64 * 64;
+        const ScratchSizes own = sizes();
+        const size_t mine = (Scratch<Real>::bytes(own, stride) + 63) / 64 * 64;
         void *memory = arena().take(mine + (lane_student ? Lanes<S, Loss>::bytes(*this) : 0));
         if (!memory) {
             __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
             return;
         }
-        const Scratch s = scratch(memory);
+        const Scratch<Real> s(memory, own, stride);
         Sweep<Real> sweep(power, rate);
         sweep.exits = exits;
         sweep.rows = rows;
