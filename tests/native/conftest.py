@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,17 @@ def sanitized(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("sanitized")
     includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
-    objects, names = [], usable_isas()
+    names = usable_isas()
     sources = [(f"kernels_{n}", "cpu/kernels.cpp", (f"-DMSDKERN_ISA={n}", *ISAS[n])) for n in names]
     sources += [("dispatch", "cpu/dispatch.cpp", ()), ("bind", "bind.cpp", includes)]
-    for name, source, flags in sources:
-        objects.append(folder / f"{name}.o")
-        checked("g++", *COMMON, *SANITIZE, "-O0", *flags, "-c", CSRC / source, "-o", objects[-1])
+
+    def compiled(name, source, flags):
+        to = folder / f"{name}.o"
+        checked("g++", *COMMON, *SANITIZE, "-O0", *flags, "-c", CSRC / source, "-o", to)
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda given: compiled(*given), sources))
     # The dispatcher asks for all tables; those left out stand for the baseline and are not chosen.
     absent = [n for n in ISAS if n not in names] if "avx2" in names or "avx512" in names else []
     aliases = [f"-Wl,--defsym=msdkern_kernels_{n}=msdkern_kernels_baseline" for n in absent]
