@@ -179,9 +179,13 @@ def test_exits_as_an_axis_beside_a_teacher_without_weight_that_holds_nan(pairs, 
     torch.testing.assert_close(triton, eager)
 
 
-@pytest.mark.parametrize("pairs", ["mutual", "last", "deeper", "next", "matrix"])
+DIRECT = [(pairs, "forward_kl") for pairs in ("mutual", "last", "deeper", "next", "matrix")]
+GENERAL = [("mutual", "jsd"), ("matrix", "jsd"), ("matrix", "reverse_kl")]
+
+
+@pytest.mark.parametrize(("pairs", "divergence"), DIRECT + GENERAL)
 @pytest.mark.parametrize("axis", [False, True])
-def test_an_exit_without_a_softmax(axis, pairs, request):
+def test_an_exit_without_a_softmax(axis, pairs, divergence, request):
     """A NaN stays in its exit's cross entropy, in its row and in what learns from it; and where
     only some exits want a gradient."""
     if axis:
@@ -189,13 +193,15 @@ def test_an_exit_without_a_softmax(axis, pairs, request):
     z = make_logits("random", (4, 3, 21), torch.float32)
     z[3][1, 5] = torch.nan
     z[0][2] = -torch.inf
-    y, weight = torch.tensor([0, 1, 2]), msdkern.pairs.next(4) if pairs == "matrix" else pairs
+    y = torch.tensor([0, 1, 2])
+    weight = msdkern.pairs.next(4) if pairs == "matrix" else pairs
+    chosen = {"pair_weight": weight, "divergence": divergence}
     outcomes = []
     for server in ("eager", "triton"):
         leaves = [x.clone().requires_grad_(k in (0, 2)) for k, x in enumerate(z)]
         with msdkern.executor(server):
-            out = msdkern.multi_exit_loss(leaves, y, pair_weight=weight)
-            rows = msdkern.multi_exit_row_losses(leaves, y, pair_weight=weight)
+            out = msdkern.multi_exit_loss(leaves, y, **chosen)
+            rows = msdkern.multi_exit_row_losses(leaves, y, **chosen)
             out.loss.backward()
         found = (out.prediction, rows.cross_entropy.detach(), rows.divergence.detach())
         outcomes.append([*found, leaves[0].grad, leaves[2].grad])

@@ -171,6 +171,19 @@ def pair_tile(
 
 
 @triton.jit
+def weighted_pair(
+    w, x, e, inverse, gap, log_t, beta, i: tl.constexpr, j: tl.constexpr, DIVERGENCE: tl.constexpr
+):
+    """pair_tile, of no account where w is 0. No pair begins before its weight is there: else the
+    compiler begins those of the next students, too, for whose numbers it has no registers."""
+    both = (tl.where(w == 0, 1.0, inverse[i]), tl.where(w == 0, 1.0, inverse[j]))
+    return pair_tile(
+        (x[i], x[j]), (e[i], e[j]), both, (gap[i], gap[j]), (log_t[i], log_t[j]), beta, 0, 1,
+        DIVERGENCE,
+    )  # fmt: skip
+
+
+@triton.jit
 def pairs_of(
     x, e, inverse, gap, log_t, beta, pair_weight, row, rows, coefficient, k: tl.constexpr,
     PAIRS: tl.constexpr, PER_ROW: tl.constexpr, DIVERGENCE: tl.constexpr, DETACH: tl.constexpr,
@@ -183,7 +196,7 @@ def pairs_of(
     for j in tl.static_range(COUNT):
         if teaches(PAIRS, K, k, j):
             w = weight_of(pair_weight, row, rows, k, j, PAIRS, PER_ROW, COUNT, REAL)
-            v, student, _ = pair_tile(x, e, inverse, gap, log_t, beta, k, j, DIVERGENCE)
+            v, student, _ = weighted_pair(w, x, e, inverse, gap, log_t, beta, k, j, DIVERGENCE)
             value += weigh(w[:, None], v)
             h += weigh(w[:, None], student)
     h = weigh(coefficient[k][:, None], h)
@@ -191,6 +204,6 @@ def pairs_of(
         for i in tl.static_range(K):
             if teaches(PAIRS, K, i, k):
                 w = weight_of(pair_weight, row, rows, i, k, PAIRS, PER_ROW, COUNT, REAL)
-                _, _, teacher = pair_tile(x, e, inverse, gap, log_t, beta, i, k, DIVERGENCE)
+                _, _, teacher = weighted_pair(w, x, e, inverse, gap, log_t, beta, i, k, DIVERGENCE)
                 h += weigh((w * coefficient[i])[:, None], teacher)
     return value, h

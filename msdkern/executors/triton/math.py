@@ -93,8 +93,8 @@ def log_of_sum(s):
 @triton.jit
 def log_one_plus(x):
     """log(1 + x) for x > -1, accurate for small x: log u corrected by what 1 + x lost."""
-    # A ratio of probabilities. Bounded, so that neither end makes inf - inf or 0 / 0.
-    x = tl.where(x < 1e37, x, 1e37)
+    # A ratio of probabilities. Bounded, so that neither end makes inf - inf or 0 / 0; a NaN stays.
+    x = tl.where(x > 1e37, 1e37, x)
     u = 1 + x
     u = tl.where(u > 1e-37, u, 1e-37)
     return log_of_normal(u) + (x - (u - 1)) / u
