@@ -66,19 +66,19 @@ SHARE, SAVED = 0.75, 10.0
 # fmt: off
 REGIONS: dict[str, tuple[Region, ...]] = {
     "cuda": (
-        Region("named", 8, 32, "cuda", (5, 4096, 10, "float32"), 3.4, 2.2),
-        Region("named", 8, 256, "cuda", (5, 4096, 100, "float32"), 13.7, 8.2),
-        Region("named", 8, 4096, "cuda", (7, 4096, 1000, "bfloat16"), 43.9, 145.5),
-        Region("named", 8, ANY, "cuda", (4, 4096, 32000, "bfloat16"), 592.1, 1901.5),
-        Region("named", ANY, 32, "cuda", (12, 4096, 10, "float32"), 7.0, 5.6),
-        Region("named", ANY, ANY, "cuda", (12, 4096, 1000, "bfloat16"), 134.3, 349.3),
-        Region("matrix", 8, 256, "cuda", (7, 4096, 100, "bfloat16"), 11.5, 20.7),
-        Region("matrix", 8, ANY, "cuda", (7, 4096, 1000, "bfloat16"), 76.1, 220.2),
-        Region("matrix", ANY, ANY, "cuda", (12, 4096, 1000, "bfloat16"), 354.5, 1446.2),
-        Region("jsd", 5, 16, "triton", (5, 4096, 10, "float32"), 17.0, 5.7),
-        Region("jsd", 7, 256, "cuda", (5, 4096, 100, "float32"), 61.4, 48.5),
-        Region("jsd", 7, ANY, "cuda", (4, 4096, 1000, "bfloat16"), 303.4, 271.8),
-        Region("jsd", ANY, ANY, "cuda", (12, 4096, 1000, "bfloat16"), 3085.4, 6048.8),
+        Region("named", 8, 32, "cuda", (5, 4096, 10, "float32"), 3.4, 2.1),
+        Region("named", 8, 256, "cuda", (5, 4096, 100, "float32"), 13.7, 7.7),
+        Region("named", 8, 4096, "cuda", (7, 4096, 1000, "bfloat16"), 43.9, 144.0),
+        Region("named", 8, ANY, "cuda", (4, 4096, 32000, "bfloat16"), 592.1, 1899.8),
+        Region("named", ANY, 32, "cuda", (12, 4096, 10, "float32"), 7.0, 5.2),
+        Region("named", ANY, ANY, "cuda", (12, 4096, 1000, "bfloat16"), 134.3, 340.4),
+        Region("matrix", 8, 256, "cuda", (7, 4096, 100, "bfloat16"), 11.5, 20.2),
+        Region("matrix", 8, ANY, "cuda", (7, 4096, 1000, "bfloat16"), 76.1, 216.5),
+        Region("matrix", ANY, ANY, "cuda", (12, 4096, 1000, "bfloat16"), 354.5, 1446.0),
+        Region("jsd", 5, 16, "triton", (5, 4096, 10, "float32"), 17.0, 4.7),
+        Region("jsd", 7, 256, "triton", (5, 4096, 100, "float32"), 61.4, 41.2),
+        Region("jsd", 7, ANY, "cuda", (4, 4096, 1000, "bfloat16"), 303.4, 267.0),
+        Region("jsd", ANY, ANY, "cuda", (12, 4096, 1000, "bfloat16"), 3085.4, 5218.1),
     ),
 }
 # fmt: on

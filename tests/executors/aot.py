@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from msdkern.executors.triton import registers, table
 from msdkern.executors.triton.loss import loss_kernel
+from msdkern.executors.triton.stacked import stacked_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -116,10 +117,10 @@ def build(launch: Launch, target: str, **options):
         compiled.n_regs, compiled.n_spills = binary.registers, binary.spilled  # as once loaded
         return compiled
 
-    held = launch.kernel is loss_kernel and launch.arguments["RESIDENT"]
-    if TARGETS[target].backend == "hip" or not held:
+    if TARGETS[target].backend == "hip" or launch.kernel not in (loss_kernel, stacked_kernel):
         return one()
-    return registers.spill_free(one, launch.warps * table.THREADS)[1]
+    threads, resident = launch.warps * table.THREADS, launch.arguments["RESIDENT"]
+    return registers.spill_free(one, threads, resident)[1]
 
 
 # What the binary says ---------------------------------------------------------------------------

@@ -10,22 +10,23 @@ import torch
 
 pytest.importorskip("triton")
 
-from msdkern.executors.triton import launch, registers
+from msdkern.executors.triton import launch, registers, table
 
 
 @pytest.mark.parametrize(
-    ("spilled_with", "threads", "tried"),
+    ("spilled_with", "threads", "resident", "tried"),
     [
-        (128, 128, [128, 136, 144, 160, 192, 255]),
-        (80, 256, [80, 88, 96, 112, 144, 255]),
-        (240, 128, [240, 248, 255]),
-        (255, 128, [255]),
-        (112, 512, [112, 120, 128]),
-        (64, 1024, [64]),
+        (128, 128, True, [128, 136, 144, 160, 192, 255]),
+        (80, 256, True, [80, 88, 96, 112, 144, 255]),
+        (240, 128, True, [240, 248, 255]),
+        (255, 128, True, [255]),
+        (112, 512, True, [112, 120, 128]),
+        (64, 1024, True, [64]),
+        (128, 256, False, [128]),
     ],
 )
-def test_what_is_tried(spilled_with, threads, tried):
-    assert registers.limits(spilled_with, threads) == tried
+def test_what_is_tried(spilled_with, threads, resident, tried):
+    assert registers.limits(spilled_with, threads, resident) == tried
 
 
 class Assembler:
@@ -53,7 +54,7 @@ class Assembler:
 )
 def test_the_first_limit_that_does_not_spill(spills, options, asked):
     assembler = Assembler(spills)
-    found, binary = registers.spill_free(assembler, 128)
+    found, binary = registers.spill_free(assembler, 128, True)
     assert found == options
     assert binary.n_spills == spills.get(options.get("maxnreg"), 0)
     assert assembler.asked == (asked or [None, 128, 136, 144, 160, 192, 255])
@@ -143,14 +144,16 @@ def test_another_device_has_a_limit_of_its_own(monkeypatch):
     monkeypatch.setattr(registers, "_found", {})
     found = [
         registers.options((torch.device("cuda", i), 1), Kernel(spills), (1,), (), {"num_warps": 4},
-                          128)
+                          table.Plan(True, 1, 1, 4))
         for i, spills in ((0, {}), (1, {None: 2}), (0, {None: 2}))
     ]  # fmt: skip
     assert found == [{}, {"maxnreg": 96}, {}]
 
 
 @pytest.mark.parametrize("shape", [{"classes": 5000, "exits": 2}, {"exits": 20}], ids=str)
-def test_sweeps_are_left_alone(kernel, shape):
+@pytest.mark.parametrize(("cured", "limit"), [(True, 96), (False, None)])
+def test_a_sweep_is_given_no_higher_limit(kernel, shape, cured, limit):
+    kernel.spills = {None: 2, 96: 0 if cured else 2}
     call(**shape)
-    assert kernel.compiled == []
-    assert kernel.launched == [None]
+    assert kernel.compiled == [None, 96]
+    assert kernel.launched == [limit]

@@ -204,12 +204,11 @@ class _Loss:
     ) -> None:
         kernel = stacked_kernel if layout.stacked else loss_kernel
         options: dict[str, int] = {}
-        if layout.plan.resident and registers.limited(self.like.device):
+        if registers.limited(self.like.device):
             # Absent tensors, and numbers in memory or not, are other kernels, too.
             given = (*map(type, arguments), *map(type, arguments[2]), *constants.values())
             key = (self.like.device, self.like.dtype, layout.z.strides, self.classes, given)
-            threads = layout.plan.warps * table.THREADS
-            options = registers.options(key, kernel, grid, arguments, constants, threads)
+            options = registers.options(key, kernel, grid, arguments, constants, layout.plan)
         kernel[grid](*arguments, **constants, **options)
 
     def count(self) -> Tensor:

@@ -6,7 +6,8 @@ processor, and parks the few numbers beyond it in memory. Told that very number 
 mostly does without the memory; else with a higher one. Which limit that is differs between
 kernels, GPUs and assemblers, none serves all: so it is read from the binaries, once per
 configuration, before its first launch. Nothing is timed, and no result changes by a bit: where
-a number is kept is all that a limit decides.
+a number is kept is all that a limit decides. A sweep is given no higher one: a program less on the
+processor, which hides what loads wait for, would cost more than the few numbers it parks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from .table import THREADS, Plan
 
 MOST = 255  # of a thread
 PER_PROCESSOR = 65536
@@ -31,18 +34,18 @@ class Binary(Protocol):
 B = TypeVar("B", bound=Binary)
 
 
-def limits(registers: int, threads: int) -> list[int]:
+def limits(registers: int, threads: int, resident: bool) -> list[int]:
     """What to try, in this order, for a program of `threads` that spills with so many registers."""
     most = min(MOST, PER_PROCESSOR // threads)
-    return sorted({min(most, registers + more) for more in BEYOND})
+    return sorted({min(most, registers + more) for more in (BEYOND if resident else BEYOND[:1])})
 
 
-def spill_free(build: Callable[..., B], threads: int) -> tuple[dict[str, int], B]:
+def spill_free(build: Callable[..., B], threads: int, resident: bool) -> tuple[dict[str, int], B]:
     """The options `build` is to be given, and what it builds with them: the first that does not
     spill, or that which spills least."""
     options: dict[str, int] = {}
     best = build()
-    for limit in limits(best.n_regs, threads):
+    for limit in limits(best.n_regs, threads, resident):
         if best.n_spills == 0:
             break
         found = build(maxnreg=limit)
@@ -56,7 +59,7 @@ _found: dict[Hashable, dict[str, int]] = {}
 
 def options(
     key: Hashable, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any],
-    constants: dict[str, Any], threads: int,
+    constants: dict[str, Any], plan: Plan,
 ) -> dict[str, int]:  # fmt: skip
     """What a launch is given besides `constants`. `key` says what its binary depends on, but for
     alignments and the number of rows, which share what was found for the first."""
@@ -68,7 +71,7 @@ def options(
             compiled._init_handles()  # loads it, which counts registers and spills
             return compiled
 
-        found, _ = spill_free(build, threads)
+        found, _ = spill_free(build, plan.warps * THREADS, plan.resident)
         _found[key] = found
     return found
 
