@@ -117,7 +117,8 @@ def build(launch: Launch, target: str, **options):
         compiled.n_regs, compiled.n_spills = binary.registers, binary.spilled  # as once loaded
         return compiled
 
-    if TARGETS[target].backend == "hip" or launch.kernel not in (loss_kernel, stacked_kernel):
+    searched = launch.kernel in (loss_kernel, stacked_kernel) and "maxnreg" not in options
+    if TARGETS[target].backend == "hip" or not searched:
         return one()
     threads, resident = launch.warps * table.THREADS, launch.arguments["RESIDENT"]
     return registers.spill_free(one, threads, resident)[1]

@@ -23,6 +23,8 @@ from msdkern.executors.triton import launch, registers, table
         (112, 512, True, [112, 120, 128]),
         (64, 1024, True, [64]),
         (128, 256, False, [128]),
+        (172, 256, False, [128]),
+        (96, 256, False, [96]),
     ],
 )
 def test_what_is_tried(spilled_with, threads, resident, tried):
@@ -58,6 +60,25 @@ def test_the_first_limit_that_does_not_spill(spills, options, asked):
     assert found == options
     assert binary.n_spills == spills.get(options.get("maxnreg"), 0)
     assert assembler.asked == (asked or [None, 128, 136, 144, 160, 192, 255])
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "options"),
+    [
+        ((172, 0), (114, 0), {"maxnreg": 128}),
+        ((172, 0), (128, 2), {}),
+        ((128, 4), (128, 2), {"maxnreg": 128}),
+        ((128, 0), None, {}),
+    ],
+)
+def test_a_sweep_admits_another_program(alone, together, options):
+    """(registers, spills), by itself and with a limit, of 8 warps."""
+
+    def build(maxnreg=None):
+        n_regs, n_spills = alone if maxnreg is None else together
+        return types.SimpleNamespace(n_regs=n_regs, n_spills=n_spills)
+
+    assert registers.spill_free(build, 256, False)[0] == options
 
 
 def test_devices_that_take_a_limit(monkeypatch):

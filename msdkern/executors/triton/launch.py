@@ -207,7 +207,8 @@ class _Loss:
         if registers.limited(self.like.device):
             # Absent tensors, and numbers in memory or not, are other kernels, too.
             given = (*map(type, arguments), *map(type, arguments[2]), *constants.values())
-            key = (self.like.device, self.like.dtype, layout.z.strides, self.classes, given)
+            dtypes = (self.like.dtype, self.probability is not None and self.probability.dtype)
+            key = (self.like.device, dtypes, layout.z.strides, self.classes, given)
             options = registers.options(key, kernel, grid, arguments, constants, layout.plan)
         kernel[grid](*arguments, **constants, **options)
 

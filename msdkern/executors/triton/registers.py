@@ -6,8 +6,10 @@ processor, and parks the few numbers beyond it in memory. Told that very number 
 mostly does without the memory; else with a higher one. Which limit that is differs between
 kernels, GPUs and assemblers, none serves all: so it is read from the binaries, once per
 configuration, before its first launch. Nothing is timed, and no result changes by a bit: where
-a number is kept is all that a limit decides. A sweep is given no higher one: a program less on the
-processor, which hides what loads wait for, would cost more than the few numbers it parks.
+a number is kept is all that a limit decides.
+
+A sweep waits for its loads unless another program has the processor meanwhile: it is given no
+more registers than admit two, so long as it does not spill more for it.
 """
 
 from __future__ import annotations
@@ -35,21 +37,27 @@ B = TypeVar("B", bound=Binary)
 
 
 def limits(registers: int, threads: int, resident: bool) -> list[int]:
-    """What to try, in this order, for a program of `threads` that spills with so many registers."""
+    """What to try, in this order, for a program of `threads` that wants so many registers."""
+    if not resident:
+        return [min(registers, PER_PROCESSOR // (2 * threads))]
     most = min(MOST, PER_PROCESSOR // threads)
-    return sorted({min(most, registers + more) for more in (BEYOND if resident else BEYOND[:1])})
+    return sorted({min(most, registers + more) for more in BEYOND})
 
 
 def spill_free(build: Callable[..., B], threads: int, resident: bool) -> tuple[dict[str, int], B]:
     """The options `build` is to be given, and what it builds with them: the first that does not
-    spill, or that which spills least."""
+    spill, nor is a sweep that is alone on its processor; or else that which spills least."""
+
+    def faults(binary: B) -> tuple[int, bool]:
+        return binary.n_spills, not resident and 2 * threads * binary.n_regs > PER_PROCESSOR
+
     options: dict[str, int] = {}
     best = build()
     for limit in limits(best.n_regs, threads, resident):
-        if best.n_spills == 0:
+        if not any(faults(best)):
             break
         found = build(maxnreg=limit)
-        if found.n_spills < best.n_spills:
+        if faults(found) < faults(best):
             options, best = {"maxnreg": limit}, found
     return options, best
 

@@ -196,10 +196,6 @@ def stacked_kernel(
     valid, y, known, poison, label_weight = read_labels(
         label, class_weight, ignore_index, row, row < rows, classes, TARGET, REAL
     )
-    r_ce, r_row = mean_shares(
-        label, class_weight, ignore_index, normalizer, counts, rows, classes, POINTERS, MEAN,
-        NORMALIZED, COUNTING, REAL,
-    )  # fmt: skip
 
     # Softmaxes: exits as rows.
     m, s, one, index = swept_rows(
@@ -225,6 +221,11 @@ def stacked_kernel(
     if DENSE_TARGET:
         total_mass = mass_total(mass, row, row < rows, classes, TARGET, 1, BLOCK, REAL)
     log_t, log_one = tl.log(s), tl.log(one)
+    # Not before the first sweep, which would have to hold them.
+    r_ce, r_row = mean_shares(
+        label, class_weight, ignore_index, normalizer, counts, rows, classes, POINTERS, MEAN,
+        NORMALIZED, COUNTING, REAL,
+    )  # fmt: skip
     up_ce, up_divergence = tl.broadcast_to(r_ce, k.shape), tl.broadcast_to(r_row, k.shape)
     if FORM == ROW_BACKWARD:
         up_ce = tl.load(upstream_ce + place, mask=learns, other=0)
