@@ -67,10 +67,10 @@ MSDKERN_INLINE Pair<V> soft_ce_pair(V l_i, V q_j) {
 // log(1 + x) for x > -1, accurate for small x: log u corrected by what 1 + x lost to rounding.
 template <class V>
 MSDKERN_INLINE V log_one_plus(V x) {
-    // A ratio of probabilities. Bounded, so that neither end makes inf - inf or 0 / 0.
-    x = x < 1e37f ? x : V{} + 1e37f;
+    // A ratio of probabilities. Bounded, so that neither end makes inf - inf or 0 / 0; NaN stays.
+    x = x > 1e37f ? V{} + 1e37f : x;
     V u = x + 1;
-    u = u > 1e-37f ? u : V{} + 1e-37f;
+    u = u < 1e-37f ? V{} + 1e-37f : u;
     return logarithm(u) + MSDKERN_QUOTIENT(x - (u - 1), u);
 }
 

@@ -11,8 +11,18 @@ import torch
 
 import msdkern
 from msdkern.executors import cuda
-from tests.cases import CHOICES, DTYPES, Case, cases, generator, make_case, property_test
+from tests.cases import (
+    CHOICES,
+    DIVERGENCES,
+    DTYPES,
+    Case,
+    cases,
+    generator,
+    make_case,
+    property_test,
+)
 from tests.ops import test_loss
+from tests.ops.test_edges import check_that_nan_spreads
 from tests.ops.test_loss import check_loss, check_rows
 from tests.oracle import Problem
 
@@ -285,3 +295,9 @@ def test_a_launch_that_fails_says_why(on_cuda, monkeypatch):
     monkeypatch.setattr(cuda, "_load", lambda: (Broken, None))
     with pytest.raises(RuntimeError, match=r"^multi_exit_loss: CUDA says: out of memory$"):
         msdkern.multi_exit_loss([torch.zeros(1, 2)])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("pairs", "classes"), [("mutual", 10), ("matrix", 300), ("next", 1000)])
+def test_nan_reaches_what_learns_from_it(on_cuda, pairs, classes, divergence):
+    check_that_nan_spreads(pairs, divergence, classes, "cuda")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import msdkern
+from tests.cases import DIVERGENCES
 from tests.servers import SERVERS, serve
 
 EXITS, ROWS, CLASSES = 3, 4, 10
@@ -104,6 +105,33 @@ def test_a_teacher_without_weight_may_hold_nan(server):
         out.loss.backward()
     assert torch.isfinite(out.loss)
     assert all(torch.isfinite(x.grad).all() for x in z)
+
+
+def check_that_nan_spreads(pairs, divergence, classes, server):
+    """NaN in the deepest exit's row 1: NaN in the gradients of that row of whoever learns from it,
+    and nowhere else."""
+    z = [torch.randn(ROWS, classes) for _ in range(4)]
+    z[3][1, 5] = torch.nan
+    z = [x.requires_grad_() for x in z]
+    weight = msdkern.pairs.next(4) if pairs == "matrix" else pairs
+    with serve(server):
+        out = msdkern.multi_exit_loss(
+            z, torch.arange(ROWS), pair_weight=weight, divergence=divergence
+        )
+        out.loss.backward()
+    learns = 0 if pairs == "mutual" else 2
+    expected = [[k >= learns and row == 1 for row in range(ROWS)] for k in range(4)]
+    assert out.loss.isnan()
+    assert [x.grad.isnan().all(-1).tolist() for x in z] == expected
+    assert [x.grad.isnan().any(-1).tolist() for x in z] == expected
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("classes", [10, 300])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("pairs", ["mutual", "next", "matrix"])
+def test_nan_reaches_what_learns_from_it(pairs, divergence, classes, server):
+    check_that_nan_spreads(pairs, divergence, classes, server)
 
 
 @pytest.mark.parametrize("server", SERVERS)
