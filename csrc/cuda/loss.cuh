@@ -205,12 +205,15 @@ struct LossKernel {
         if (s.divergent) state.log = log(double(sum)) - kLn2 * double(state.drift);
     }
     MSDKERN_DEVICE void finish_logs() const {
+        // Any reference that all rows of a sample share will do; the deepest exit may hold NaN.
         const RowState<Real> &deepest = s.state[s.exits - 1];
+        const bool known = deepest.log - deepest.log == 0;
+        const double log = known ? deepest.log : 0, drift = known ? double(deepest.drift) : 0;
 #pragma unroll 1
         for (int r = team.local; r < s.rows; r += team.lanes) {
             RowState<Real> &state = s.state[r];
-            const double gap = state.log - deepest.log;
-            const double level = gap + kLn2 * (double(state.drift) - double(deepest.drift));
+            const double gap = state.log - log;
+            const double level = gap + kLn2 * (double(state.drift) - drift);
             state.log_t = Real(state.log);
             state.gap = Real(gap);
             state.level = Real(level);
