@@ -161,6 +161,13 @@ def test_another_kernel_has_a_limit_of_its_own(kernel, other):
     assert kernel.launched == [104, None]
 
 
+def test_a_tensor_of_another_dtype_has_a_limit_of_its_own(kernel):
+    call(weight=torch.ones(10))
+    kernel.spills = {}
+    call(weight=torch.ones(10, dtype=torch.float64))
+    assert kernel.compiled == [None, 96, 104, None]
+
+
 def test_another_device_has_a_limit_of_its_own(monkeypatch):
     monkeypatch.setattr(registers, "_found", {})
     found = [

@@ -371,11 +371,13 @@ def losses():
             yield Call(dtype, exits, teachers, rows, classes, pairs, name, **options)
     for dtype in DTYPES:  # by windows, with exponentials taken again, and with the most rows
         yield Call(dtype, 3, 0, 2, 7681, "mutual", "forward_kl", t=2.5, smoothing=0.1)
-        yield Call(dtype, 3, 0, 1, 41003, "mutual", "forward_kl", t=3.0)
-        yield Call(dtype, 2, 1, 1, 41003, "dense", "soft_ce", t=1.5)
+        yield Call(dtype, 3, 0, 1, 41203, "mutual", "forward_kl", t=3.0, masked=True)
+        yield Call(dtype, 2, 1, 1, 41203, "dense", "soft_ce", t=1.5)
         yield Call(dtype, 1, 0, 1, 122893, "none", "forward_kl")
         yield Call(dtype, 2, 1, 2, 11003, "dense", "jsd", detach=False, matrix=True)
         yield Call(dtype, 32, 32, 1, 3, "dense", "forward_kl")
+    # Two sweeps, before each of which a window of exponentials is refilled.
+    yield Call("float64", 5, 0, 1, 106003, "mutual", "reverse_kl", t=2.5)
 
 
 def everything(module):

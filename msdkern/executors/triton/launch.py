@@ -52,6 +52,11 @@ SCALING_PROGRAMS = 1024
 EXACT = {"enable_fp_fusion": False}
 
 
+def _kind(argument: Any) -> Any:
+    """What a binary depends on."""
+    return argument.dtype if isinstance(argument, Tensor) else type(argument)
+
+
 def _groups(programs: int) -> int:
     return -(-programs // int(GROUP))
 
@@ -206,9 +211,8 @@ class _Loss:
         options: dict[str, int] = {}
         if registers.limited(self.like.device):
             # Absent tensors, and numbers in memory or not, are other kernels, too.
-            given = (*map(type, arguments), *map(type, arguments[2]), *constants.values())
-            dtypes = (self.like.dtype, self.probability is not None and self.probability.dtype)
-            key = (self.like.device, dtypes, layout.z.strides, self.classes, given)
+            given = (*map(_kind, arguments), *map(type, arguments[2]), *constants.values())
+            key = (self.like.device, self.like.dtype, layout.z.strides, self.classes, given)
             options = registers.options(key, kernel, grid, arguments, constants, layout.plan)
         kernel[grid](*arguments, **constants, **options)
 
