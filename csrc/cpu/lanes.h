@@ -49,17 +49,8 @@ class Lanes {
           g(static_cast<Real *>(memory) + l.rows * row_size(l), l.rows * W, 1, W),
           kept(static_cast<Real *>(memory)),
           s(l.power, l.rate) {
-        s.exits = loss.exits;
-        s.rows = loss.rows;
-        s.pairs = call.pairs;
-        s.weight = weight;
-        s.matrix = nullptr;
-        s.mass = nullptr;
-        s.streams = false;
-        s.inverse_temperature = loss.inverse_t;
+        loss.prepare(s, weight);
         for (int k = 0; k < loss.exits; ++k) sums[k] = Sums();
-        pair_weights(call, s, weight);
-        if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, weight, 0);
     }
 
     // Samples first to last, W of them at most. Those that must go row by row are left: a bit each.

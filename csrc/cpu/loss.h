@@ -108,8 +108,9 @@ struct Loss {
     static const Real *real(const void *p) { return static_cast<const Real *>(p); }
 
     ScratchSizes sizes() const {
-        return {samples, exits,    rows,         arrays(), stored ? stride : window,
-                window,  !kDirect, targets.dense};
+        const int64_t kept = stored ? stride : window, converted = kDirect ? 0 : window;
+        return {samples, exits,  rows,      arrays(),
+                kept,    window, converted, targets.dense ? stride : 0};
     }
 
     // Maxima, exponentials and their sums of the rows of `count` samples, and their logarithms.
@@ -272,7 +273,8 @@ struct Loss {
             s.row[k].p_scale = c.p_scale;
             s.row[k].mass_scale = c.mass_scale;
         }
-        if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, x.scratch.weight, x.n);
+        if (call.pairs == MSDKERN_PAIRS_DENSE && call.pair_weight_per_row)
+            dense_weights(call, s, x.scratch.weight, x.n);
         divergences_and_gradients(x);
         record(x.n, ce, s.value, partial);
         if (partial && s.matrix)
@@ -363,26 +365,34 @@ struct Loss {
         }
         if (partial) lanes.add_to(*partial);
     }
+    // What a sweep has of the call; all that pair weights say but for those of each row.
+    template <class Num>
+    void prepare(Sweep<Real, Num> &s, Real *weight) const {
+        s.exits = exits;
+        s.rows = rows;
+        s.pairs = call.pairs;
+        s.mass = nullptr;
+        s.streams = streams;
+        s.inverse_temperature = inverse_t;
+        s.weight = weight;
+        s.matrix = nullptr;
+        s.detach = call.detach_teacher != 0;
+        s.beta = Real(call.beta);
+        pair_weights(call, s, weight);
+        if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, weight, 0);
+    }
     void block(int64_t first, int64_t last, Partial *partial) const {
         const ScratchSizes own = sizes();
-        const size_t mine = (Scratch<Real>::bytes(own, stride) + 63) / 64 * 64;
+        const size_t mine = (Scratch<Real>::bytes(own) + 63) / 64 * 64;
         void *memory = arena().take(mine + (lane_student ? Lanes<S, Loss>::bytes(*this) : 0));
         if (!memory) {
             __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
             return;
         }
-        const Scratch<Real> s(memory, own, stride);
+        const Scratch<Real> s(memory, own);
         Sweep<Real> sweep(power, rate);
-        sweep.exits = exits;
-        sweep.rows = rows;
-        sweep.pairs = call.pairs;
-        sweep.streams = streams;
-        sweep.inverse_temperature = inverse_t;
-        sweep.weight = s.weight;
-        sweep.matrix = call.pair_divergence ? s.matrix : nullptr;
-        sweep.detach = call.detach_teacher != 0;
-        sweep.beta = Real(call.beta);
-        pair_weights(call, sweep, s.weight);
+        prepare(sweep, s.weight);
+        if (call.pair_divergence) sweep.matrix = s.matrix;
         if (lane_student)
             by_lanes(first, last, static_cast<char *>(memory) + mine, s, sweep, partial);
         else

@@ -7,11 +7,12 @@
 namespace MSDKERN_NAMESPACE {
 
 struct ScratchSizes {
-    int64_t samples;        // worked on together
-    int exits, rows;        // rows: exits and external teachers
-    int arrays;             // of exponentials, per row
-    int64_t kept, window;   // classes: of exponentials, and of a step
-    bool converted, dense;  // gradients are yet to be converted; targets have mass on all classes
+    int64_t samples;  // worked on together
+    int exits, rows;  // rows: exits and external teachers
+    int arrays;       // of exponentials, per row
+    // Classes, in whole vectors: of exponentials, of a step's logits, of its gradients that are yet
+    // to be converted, of a target's mass.
+    int64_t kept, window, converted, mass;
 };
 
 template <class Real>
@@ -24,22 +25,22 @@ class Scratch {
     // [exits][window] gradients, the target's mass on [classes], W and D [exits][rows], and two
     // vectors per row that are to be folded. The group's scalars follow.
     enum Part { kExps, kLogits, kGradient, kMass, kWeight, kMatrix, kFoldT, kFoldOne, kParts };
-    static int64_t size(const ScratchSizes &s, int64_t classes, int part) {
+    static int64_t size(const ScratchSizes &s, int part) {
         const int64_t matrix = (s.exits * s.rows + W - 1) / W * W;
         const int64_t folded = (s.samples * s.rows + W - 1) / W * W * W;
         const int64_t sizes[kParts] = {s.samples * s.rows * s.arrays * s.kept,
                                        s.rows * s.window,
-                                       s.converted ? s.exits * s.window : 0,
-                                       s.dense ? classes : 0,
+                                       s.exits * s.converted,
+                                       s.mass,
                                        matrix,
                                        matrix,
                                        folded,
                                        folded};
         return sizes[part];
     }
-    static int64_t offset(const ScratchSizes &s, int64_t classes, int part) {
+    static int64_t offset(const ScratchSizes &s, int part) {
         int64_t at = 0;
-        for (int p = 0; p < part; ++p) at += size(s, classes, p);
+        for (int p = 0; p < part; ++p) at += size(s, p);
         return at;
     }
 
@@ -50,24 +51,22 @@ class Scratch {
     V *const fold_t, *const fold_one;
     const Group<Real> group;
 
-    // `classes` is a row's length up to whole vectors.
-    static size_t bytes(const ScratchSizes &s, int64_t classes) {
-        return size_t(offset(s, classes, kParts)) * sizeof(Real) +
-               Group<Real>::bytes(s.samples * s.rows);
+    static size_t bytes(const ScratchSizes &s) {
+        return size_t(offset(s, kParts)) * sizeof(Real) + Group<Real>::bytes(s.samples * s.rows);
     }
-    Scratch(void *memory, const ScratchSizes &s, int64_t classes)
+    Scratch(void *memory, const ScratchSizes &s)
         : row_size(s.arrays * s.kept),
           rows(s.rows),
           kept(s.kept),
           exps(static_cast<Real *>(memory)),
-          logits(exps + offset(s, classes, kLogits)),
-          gradient(exps + offset(s, classes, kGradient)),
-          mass(exps + offset(s, classes, kMass)),
-          weight(exps + offset(s, classes, kWeight)),
-          matrix(exps + offset(s, classes, kMatrix)),
-          fold_t(reinterpret_cast<V *>(exps + offset(s, classes, kFoldT))),
-          fold_one(reinterpret_cast<V *>(exps + offset(s, classes, kFoldOne))),
-          group(exps + offset(s, classes, kParts), s.samples * s.rows, s.rows, 1) {}
+          logits(exps + offset(s, kLogits)),
+          gradient(exps + offset(s, kGradient)),
+          mass(exps + offset(s, kMass)),
+          weight(exps + offset(s, kWeight)),
+          matrix(exps + offset(s, kMatrix)),
+          fold_t(reinterpret_cast<V *>(exps + offset(s, kFoldT))),
+          fold_one(reinterpret_cast<V *>(exps + offset(s, kFoldOne))),
+          group(exps + offset(s, kParts), s.samples * s.rows, s.rows, 1) {}
 
     // Where the exponentials of a row are kept; those at T = 1 in the last array.
     RowStore<Real> store_of(int sample, int r) const {
