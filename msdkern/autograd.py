@@ -40,10 +40,14 @@ def _versions(values: Iterable[Any]) -> list[tuple[Tensor, int]]:
     """Weights, targets, teachers and temperature as they are now. `save_for_backward` would also
     keep watch, but refuses tensors made in inference mode, as a teacher's logits may be.
     """
-    flat: list[Any] = []
+    kept: list[tuple[Tensor, int]] = []
     for v in values:
-        flat += v if type(v) is list else (v,)
-    return [(t, t._version) for t in flat if isinstance(t, Tensor) and not t.is_inference()]
+        if isinstance(v, Tensor):
+            if not v.is_inference():
+                kept.append((v, v._version))
+        elif type(v) is list and v:
+            kept += _versions(v)
+    return kept
 
 
 def _check_versions(op: str, kept: list[tuple[Tensor, int]]) -> None:

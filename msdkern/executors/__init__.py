@@ -113,6 +113,16 @@ _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _PLAIN = _PLAIN_TENSORS | {list, tuple, str, bool, int, float, type(None)}
 
 
+def _plain(arguments: tuple[Any, ...]) -> bool:
+    """All are ordinary values, and tensors ordinary ones."""
+    if not _PLAIN.issuperset(map(type, arguments)):
+        return False
+    for a in arguments[:4]:
+        if type(a) in (list, tuple) and not _PLAIN_TENSORS.issuperset(map(type, a)):
+            return False
+    return True
+
+
 def _unobserved() -> bool:
     """Nothing looks at the ops that run: no mode, tracer, transform or profiler."""
     return not (
@@ -130,16 +140,7 @@ def call(name: str, *arguments: Any) -> Any:
     Where nothing observes the call and all tensors are ordinary ones, the dispatcher would do no
     more than call the executor, for about a tenth of what a small batch costs; it is left out.
     """
-    if (
-        not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, arguments))
-        and all(
-            _PLAIN_TENSORS.issuperset(map(type, a))
-            for a in arguments[:4]
-            if type(a) in (list, tuple)
-        )
-        and _unobserved()
-    ):
+    if not torch.compiler.is_compiling() and _plain(arguments) and _unobserved():
         return implementation(name, arguments[-1])(*arguments[:-1])
     return getattr(torch.ops.msdkern, name).default(*arguments)
 

@@ -34,7 +34,6 @@ from msdkern.executors.tables import (
     load_module,
     real,
     table,
-    unit_columns,
 )
 
 __all__ = ["ABI_VERSION"]
@@ -102,14 +101,11 @@ class Machine(Gates):
     ) -> list[Tensor]:
         """One call of the kernels; returns the gradients."""
         dtype = logits[0].dtype
-        logits = [unit_columns(z) for z in logits]
         exits, rows, classes = reference.sizes(logits)
-        addresses, strides = table(logits)
-        # The kernels get addresses: copies must live until they have returned.
-        teachers = [unit_columns(t) for t in given.teacher_logits]
-        if teachers:
-            more = table(teachers)
-            addresses, strides = addresses + more[0], strides + more[1]
+        addresses, strides, copies = table(logits)
+        if given.teacher_logits:
+            more = table(given.teacher_logits)
+            addresses, strides, copies = addresses + more[0], strides + more[1], copies + more[2]
         gradients, gradient_addresses = gradient_table(logits, gradient)
         label = given.label
         probabilities = real(given.probabilities, reference.accumulation_dtype(dtype))
@@ -151,7 +147,7 @@ class Machine(Gates):
             given.label_smoothing,
             mean,
             divisor,
-            [address(o) for o in outputs],
+            [0 if o is None else o.data_ptr() for o in outputs],
         )
         if status:
             self.fail(op, status)
@@ -215,13 +211,13 @@ class Machine(Gates):
         temperature: Tensor,
         log: bool,
     ) -> list[Tensor]:
-        inputs = [unit_columns(z) for z in inputs]
-        upstream = [unit_columns(g) for g in upstream]
         exits, rows, classes = reference.sizes(inputs)
         dtype, device = inputs[0].dtype, self.device(inputs[0])
         outputs = [torch.empty(z.shape, dtype=dtype, device=device) for z in inputs]
         t, there = self.number(temperature, dtype)
         op = "multi_exit_softmax"
+        addresses, strides, _copies = table(inputs)
+        upward, upward_strides, _more = table(upstream) if upstream else ([], [], [])
         status = self.kernels().softmax(
             backward,
             DTYPE_CODES[dtype],
@@ -230,8 +226,10 @@ class Machine(Gates):
             classes,
             t,
             log,
-            *table(inputs),
-            *(table(upstream) if upstream else ([], [])),
+            addresses,
+            strides,
+            upward,
+            upward_strides,
             table(outputs)[0],
         )
         if status:
@@ -250,8 +248,8 @@ class Machine(Gates):
         return self._softmax(True, outputs, gradients, temperature, log)
 
     def exit_statistics(self, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        logits = [unit_columns(z) for z in logits]
         exits, rows, classes = reference.sizes(logits)
+        addresses, strides, _copies = table(logits)
         dtype, device = reference.accumulation_dtype(logits[0].dtype), self.device(logits[0])
         dtypes = (dtype, dtype, torch.int64, dtype, dtype, dtype)
         outputs = tuple(torch.empty((exits, rows), dtype=d, device=device) for d in dtypes)
@@ -260,7 +258,8 @@ class Machine(Gates):
             self.place(logits[0], exits, 0, ()),
             rows,
             classes,
-            *table(logits),
+            addresses,
+            strides,
             [address(o) for o in outputs],
         )
         if status:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msdkern import reference
-from msdkern.executors.tables import DTYPE_CODES, address, real, table, unit_columns
+from msdkern.executors.tables import DTYPE_CODES, address, real, table
 
 TENSORS = 32  # that one copy of rows takes
 
@@ -54,10 +54,9 @@ class Gates:
         live: Tensor | None,
         outputs: Sequence[Tensor],
     ) -> None:
-        logits = [unit_columns(z) for z in logits]
         first = logits[0]
         rows, classes = first.shape[-2], first.shape[-1]
-        addresses, strides = table(logits)
+        addresses, strides, _copies = table(logits)
         temperatures, temperature_there = self.numbers(temperature, first.dtype)
         thresholds, threshold_there = self.numbers(threshold, first.dtype)
         alive, live_there = self.count(live, rows)

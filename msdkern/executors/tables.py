@@ -34,20 +34,23 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def unit_columns(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where neighbouring classes are not neighbours in memory."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def table(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Address and row stride of every exit, for K tensors [N, C] or one [K, N, C]."""
-    first = tensors[0]
-    if first.dim() == 3:
-        step, row, _ = first.stride()
-        step *= first.element_size()
-        start = first.data_ptr()
-        return [start + k * step for k in range(first.shape[0])], [row] * first.shape[0]
-    return [t.data_ptr() for t in tensors], [t.stride(0) for t in tensors]
+def table(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[Tensor]]:
+    """Address and row stride of every exit, for K tensors [N, C] or one [K, N, C]; and copies of
+    those whose neighbouring classes are no neighbours in memory, which must live until the kernel
+    has returned.
+    """
+    if tensors[0].dim() == 3:
+        tensors = tensors[0].unbind()
+    addresses, strides, copies = [], [], []
+    for t in tensors:
+        row, column = t.stride()
+        if column != 1 and t.shape[1] != 1:
+            t = t.contiguous()
+            row = t.stride(0)
+            copies.append(t)
+        addresses.append(t.data_ptr())
+        strides.append(row)
+    return addresses, strides, copies
 
 
 def gradient_table(
@@ -56,14 +59,15 @@ def gradient_table(
     """Fresh contiguous gradients, and the address of each exit's (0 where none is wanted)."""
     if not any(wanted):
         return [], []
-    fresh = [
-        torch.empty_like(z, memory_format=torch.contiguous_format) if want else None
-        for z, want in zip(logits, wanted, strict=True)
-    ]
-    kept = [g for g in fresh if g is not None]
-    if kept[0].dim() == 3:
-        return kept, table(kept)[0]
-    return kept, [address(g) for g in fresh]
+    gradients, addresses = [], []
+    for z, want in zip(logits, wanted, strict=True):
+        if not want:
+            addresses.append(0)
+            continue
+        gradient = torch.empty_like(z, memory_format=torch.contiguous_format)
+        gradients.append(gradient)
+        addresses.append(gradient.data_ptr())
+    return gradients, table(gradients)[0] if gradients[0].dim() == 3 else addresses
 
 
 def real(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -50,16 +50,17 @@ def plain(op: str, name: str, tensor: object) -> Tensor:
 def rows_and_classes(op: str, logits: Sequence[Tensor]) -> tuple[int, int, int]:
     """K, N and C of a list of [N, C] tensors or of one [K, N, C]; every tensor alike."""
     first = plain(op, "logits", logits[0])
+    kind, layout = type(first), first.layout
     shape, dtype, device = first.shape, first.dtype, first.device
     if dtype not in DTYPES:
         fail(op, "logits must be float32, bfloat16, float16 or float64", first, TypeError)
     for z in logits:
         if z is not first and not (
-            type(z) is type(first)
-            and z.shape == shape
-            and z.dtype == dtype
+            type(z) is kind
+            and z.dtype is dtype
+            and z.layout is layout
             and z.device == device
-            and z.layout == first.layout
+            and z.shape == shape
         ):
             plain(op, "logits", z)
             if z.shape != shape or z.dtype != dtype or z.device != device:
