@@ -34,7 +34,8 @@ PYBIND11_MODULE(_cpu, m) {
 #else
     m.attr("openmp") = false;
 #endif
-    m.def("isas", &isas, "The instruction sets this processor runs, best first.");
+    m.def("isas", &isas,
+          "The instruction sets this processor runs: the one in use, then the others, best first.");
     m.def("use_isa", [](const std::string &name) {
         if (msdkern_cpu_use_isa(name.empty() ? nullptr : name.c_str()) != MSDKERN_OK)
             throw py::value_error("use_isa: this processor does not run " + name);

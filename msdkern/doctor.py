@@ -103,7 +103,7 @@ def native_module(name: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """Instruction sets this processor can use, best first; the first is the one in use."""
+    """Instruction sets this processor can use, the one in use first."""
     try:
         module = importlib.import_module("msdkern._cpu")
     except ImportError:

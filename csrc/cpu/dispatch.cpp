@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses the kernels of the best instruction set that this processor runs, and is the C ABI.
+#include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
@@ -16,7 +17,7 @@ extern const msdkern_kernels msdkern_kernels_avx512;
 namespace {
 
 struct Isa {
-    const char *name;
+    const char *name, *capability;  // capability: PyTorch's word for it
     const msdkern_kernels *kernels;
     bool (*usable)();
 };
@@ -24,35 +25,40 @@ struct Isa {
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", &msdkern_kernels_avx512,
+    {"avx512", "avx512", &msdkern_kernels_avx512,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
                 __builtin_cpu_supports("fma") != 0;
      }},
-    {"avx2", &msdkern_kernels_avx2,
+    {"avx2", "avx2", &msdkern_kernels_avx2,
      [] {
          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
                 __builtin_cpu_supports("fma") != 0;
      }},
 #endif
-    {"baseline", &msdkern_kernels_baseline, [] { return true; }},
+    {"baseline", "default", &msdkern_kernels_baseline, [] { return true; }},
 };
 
-const msdkern_kernels *best() {
-    for (const Isa &isa : kIsas)
-        if (isa.usable()) return isa.kernels;
-    return nullptr;
+// The best that is usable, and none beyond what PyTorch is held to.
+const Isa &best() {
+    const Isa *from = kIsas;
+    if (const char *bound = getenv("ATEN_CPU_CAPABILITY"))
+        for (const Isa &isa : kIsas)
+            if (!strcmp(bound, isa.capability)) from = &isa;
+    while (!from->usable()) ++from;  // the last one is
+    return *from;
 }
 
-std::atomic<const msdkern_kernels *> chosen{nullptr};
+std::atomic<const Isa *> chosen{nullptr};
 
-const msdkern_kernels &kernels() {
-    const msdkern_kernels *now = chosen.load(std::memory_order_relaxed);
-    if (!now) chosen.store(now = best(), std::memory_order_relaxed);
+const Isa &current() {
+    const Isa *now = chosen.load(std::memory_order_relaxed);
+    if (!now) chosen.store(now = &best(), std::memory_order_relaxed);
     return *now;
 }
+const msdkern_kernels &kernels() { return *current().kernels; }
 
 }  // namespace
 
@@ -75,22 +81,21 @@ int msdkern_cpu_scatter_rows(msdkern_copy *call) { return kernels().scatter_rows
 int msdkern_cpu_scale(const msdkern_scale *call) { return kernels().scale(call); }
 
 const char *msdkern_cpu_isas(void) {
-    static const std::string names = [] {
-        std::string all;
-        for (const Isa &isa : kIsas)
-            if (isa.usable()) all += (all.empty() ? "" : ",") + std::string(isa.name);
-        return all;
-    }();
+    static thread_local std::string names;
+    names = current().name;
+    for (const Isa &isa : kIsas)
+        if (&isa != &current() && isa.usable()) names += "," + std::string(isa.name);
     return names.c_str();
 }
 
 int msdkern_cpu_use_isa(const char *name) {
     for (const Isa &isa : kIsas)
-        if (isa.usable() && (!name || !strcmp(name, isa.name))) {
-            chosen.store(isa.kernels, std::memory_order_relaxed);
+        if (name && !strcmp(name, isa.name) && isa.usable()) {
+            chosen.store(&isa, std::memory_order_relaxed);
             return MSDKERN_OK;
         }
-    return MSDKERN_BAD_SIZE;
+    if (!name) chosen.store(&best(), std::memory_order_relaxed);
+    return name ? MSDKERN_BAD_SIZE : MSDKERN_OK;
 }
 
 }  // extern "C"

@@ -172,10 +172,9 @@ static void general_gradients(Sweep<Real> &s, int64_t classes) {
         for (int i = 0; i < s.exits; ++i) {
             if (!s.out[i]) continue;
             const V q = probability<V>(s, i, c);
-            V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
-            g += at_one<V>(s, s.power, i, c) * s.row[i].p_scale;
-            if (s.mass) g -= load(s.mass + c) * s.row[i].mass_scale;
-            store_some(s.out[i] + c, g, c + W <= classes ? 0 : int(classes - c));
+            const V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
+            write_gradient<Writes::kAny>(s, i, c, g, at_one<V>(s, s.power, i, c),
+                                         c + W <= classes ? 0 : int(classes - c));
         }
     }
 }

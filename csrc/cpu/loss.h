@@ -14,9 +14,12 @@ namespace MSDKERN_NAMESPACE {
 
 // Gradients that no cache will hold are written past them; then there is room for the logits, and
 // less for exponentials. These are kept between the sweeps up to so many bytes per sample: beyond,
-// one sweep takes them again for less than reading them costs, two only where no cache holds them.
+// sweeps take them again. With the widest vectors one sweep does that for less than reading them
+// from the second cache costs; else, and for two sweeps, it pays only where no cache holds them.
 constexpr int64_t kCacheBytes = 32 << 20;
-constexpr int64_t kKeptStreaming = 256 << 10, kKeptForOne = 480 << 10, kKeptForTwo = 8 << 20;
+constexpr bool kWidest = kBytes == 64;
+constexpr int64_t kKeptStreaming = kWidest ? 256 << 10 : 2 << 20;
+constexpr int64_t kKeptForOne = kWidest ? 480 << 10 : 2 << 20, kKeptForTwo = 8 << 20;
 // Values are summed over at most this many classes before they are added up: fewer roundings in a
 // row.
 constexpr int64_t kBlock = 4096;

@@ -277,10 +277,10 @@ struct Dense : Mixture<Real, NV> {
 // keep at hand.
 enum class Writes { kNone, kPlain, kAny };
 
+// (6) The gradient at offset `at`: what comes of the divergences, and the cross entropy's.
 template <Writes kWrites, class Source, class V>
-INLINE void write_gradient(const Source &s, int i, int64_t at, V gradient, V one, int partial) {
+INLINE void write_gradient(const Source &s, int i, int64_t at, V g, V one, int partial) {
     const bool any = kWrites == Writes::kAny;
-    V g = gradient * s.row[i].pair_scale;
     g += one * s.row[i].p_scale;
     if (any && s.mass) g -= load(s.mass + at) * s.row[i].mass_scale;
     put(s.out[i] + at, g, partial, any && s.streams);
@@ -318,8 +318,8 @@ INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, Vec
             else
                 value[i] += mixer.value(v, gradient, d);
             if (kWrites == Writes::kPlain || (kWrites == Writes::kAny && s.out[i]))
-                write_gradient<kWrites>(s, i, at, gradient, tile.at_one(s, power, i, v, at),
-                                        partial);
+                write_gradient<kWrites>(s, i, at, gradient * s.row[i].pair_scale,
+                                        tile.at_one(s, power, i, v, at), partial);
             if (M::kRemembers) mixer.passed(i == exits - 1, v, q, d);
         }
     }
@@ -393,30 +393,36 @@ static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes write
     return nullptr;
 }
 
-// (6) Cross entropy alone.
-template <class Real, class Num, Exps kExps>
+// Cross entropy alone.
+template <class Real, class Num, Writes kWrites, Exps kExps>
 static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
     typedef VecOf<Real> V;
-    for (int i = 0; i < s.exits; ++i) {
-        if (!s.out[i]) continue;
-        for (int64_t c = 0; c < classes; c += kLanes<Real>) {
-            const int partial = c + kLanes<Real> <= classes ? 0 : int(classes - c);
-            V one;
-            if constexpr (kExps == Exps::kAgain)
-                one = some<Real>(exponential(below_maximum<V>(s, i, c, partial)), partial);
-            else
-                one = at_one<V>(s, s.power, i, c);
-            V g = one * s.row[i].p_scale;
-            if (s.mass) g -= load(s.mass + c) * s.row[i].mass_scale;
-            put(s.out[i] + c, g, partial, s.streams);
+    const int W = kLanes<Real>;
+    const auto vector = [&](auto power, int i, int64_t c,
+                            int partial) __attribute__((always_inline)) {
+        V one;
+        if constexpr (kExps == Exps::kAgain)
+            one = some<Real>(exponential(below_maximum<V>(s, i, c, partial)), partial);
+        else
+            one = at_one<V>(s, power, i, c);
+        write_gradient<kWrites>(s, i, c, V{}, one, partial);
+    };
+    with_power(s.power, [&](auto power) __attribute__((always_inline)) {
+        for (int i = 0; i < s.exits; ++i) {
+            if (!s.out[i]) continue;
+            int64_t c = 0;
+            for (; c + W <= classes; c += W) vector(power, i, c, 0);
+            if (c < classes) vector(power, i, c, int(classes - c));
         }
-    }
+    });
 }
 
 // The fastest sweep for what is wanted.
 template <class Real, class Num, Exps kExps>
 static SweepFunction<Real, Num> find_sweep(const msdkern_loss &call, Writes writes) {
-    if (call.pairs == MSDKERN_PAIRS_NONE) return cross_entropy_sweep<Real, Num, kExps>;
+    if (call.pairs == MSDKERN_PAIRS_NONE)
+        return writes == Writes::kPlain ? cross_entropy_sweep<Real, Num, Writes::kPlain, kExps>
+                                        : cross_entropy_sweep<Real, Num, Writes::kAny, kExps>;
     const bool soft = call.divergence == MSDKERN_SOFT_CE;
     if (!soft && !call.teachers)
         if (const auto unrolled = find_unrolled<Real, Num, kExps>(call.pairs, call.exits, writes))
