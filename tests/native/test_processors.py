@@ -44,7 +44,7 @@ def test_kernels_agree_with_scalar_formulas(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "capability, isa", [("default", "baseline"), ("avx2", "avx2"), ("?", None)]
+    ("capability", "isa"), [("default", "baseline"), ("avx2", "avx2"), ("?", None)]
 )
 def test_the_bound_of_pytorch_is_kept(capability, isa):
     free = usable_isas()
