@@ -13,7 +13,7 @@ SAY = @printf '\n==> %s\n'
 
 export MSDKERN_CUDA
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo build test lint bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,9 +25,13 @@ demo: $(PACKAGE)
 	$(SAY) 'Training a multi-exit network on 1,797 handwritten digits (a new folder under runs/)'
 	@$(BIN)/msdkern train
 
+# Of as many processes as cores: threads that wait for others must leave them the cores.
+test: export OMP_WAIT_POLICY = passive
 test: $(PACKAGE)
 	$(SAY) 'Testing'
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadgroup
+
+build: $(PACKAGE)
 
 lint: $(VENV)/.requirements
 	$(SAY) 'Checking style and types'

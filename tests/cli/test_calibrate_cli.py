@@ -14,6 +14,8 @@ from msdkern.calibrate.sets import SEEN
 from msdkern.train import data
 from tests.cli.test_train_cli import ENVIRONMENT, FAST, msdkern
 
+pytestmark = pytest.mark.xdist_group("calibrated")
+
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():

@@ -22,6 +22,8 @@ from tests.cases import (
 )
 from tests.ops import test_gate as every
 
+pytestmark = pytest.mark.xdist_group("emulated")
+
 SERVER = "cuda"
 
 

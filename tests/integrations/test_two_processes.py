@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("trainers")
+
 for name in ("accelerate", "transformers", "lightning.pytorch"):
     pytest.importorskip(name)
 

@@ -3,6 +3,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("sanitized")
+
 
 def test_every_kernel_stays_inside_its_buffers(drive):
     done = drive()
