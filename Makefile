@@ -29,7 +29,7 @@ demo: $(PACKAGE)
 test: export OMP_WAIT_POLICY = passive
 test: $(PACKAGE)
 	$(SAY) 'Testing'
-	@$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadgroup
+	@$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadscope
 
 build: $(PACKAGE)
 

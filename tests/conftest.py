@@ -8,7 +8,10 @@ binary part at import. None of them is called here.
 import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
+
+from tests import parallel
 
 OPERATORS = []  # a library lives as long as the object
 
@@ -25,3 +28,13 @@ def declare_operators(location: Path) -> None:
 
 if found := importlib.util.find_spec("torchvision"):
     declare_operators(Path(found.submodule_search_locations[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return parallel.scheduler(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # this is one of several processes
+        items.sort(key=lambda item: parallel.place(item.nodeid))

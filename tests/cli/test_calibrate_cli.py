@@ -14,8 +14,6 @@ from msdkern.calibrate.sets import SEEN
 from msdkern.train import data
 from tests.cli.test_train_cli import ENVIRONMENT, FAST, msdkern
 
-pytestmark = pytest.mark.xdist_group("calibrated")
-
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():

@@ -12,8 +12,6 @@ import pytest
 from msdkern import cli
 from msdkern.train import data
 
-pytestmark = pytest.mark.xdist_group("trained")
-
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 FAST = ["--data", "synthetic", "--held-out", "0.9", "--epochs", "1", "--threads", "1"]

@@ -11,8 +11,6 @@ from msdkern.executors import cuda
 from tests.cases import property_test
 from tests.ops import test_compact as every
 
-pytestmark = pytest.mark.xdist_group("emulated")
-
 SERVER = "cuda"
 
 

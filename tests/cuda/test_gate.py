@@ -22,8 +22,6 @@ from tests.cases import (
 )
 from tests.ops import test_gate as every
 
-pytestmark = pytest.mark.xdist_group("emulated")
-
 SERVER = "cuda"
 
 

@@ -12,8 +12,6 @@ import pytest
 
 from tests.cuda.harness import build
 
-pytestmark = pytest.mark.xdist_group("planted")
-
 HERE = Path(__file__).resolve().parent
 PLANTED = sorted((HERE / "planted").glob("*.cu"))
 SAMPLES = sorted((HERE / "samples").glob("*.cu"))

@@ -26,8 +26,6 @@ from tests.ops.test_edges import check_that_nan_spreads
 from tests.ops.test_loss import check_loss, check_rows
 from tests.oracle import Problem
 
-pytestmark = pytest.mark.xdist_group("emulated")
-
 PLAIN = {
     "kind": "random", "layout": "contiguous", "pairs": "mutual", "teachers": 0, "target": "index",
     "ignored": 0.3, "exit_weight": 0, "class_weight": False, "pair_scale": 1.0,

@@ -19,10 +19,7 @@ cudaError_t loss_DTYPE(const msdkern_loss &, Form) { return cudaErrorNotSupporte
 DRIVER = Path(__file__).resolve().parent / "driver.py"
 
 
-MODES = [pytest.param(mode, marks=pytest.mark.xdist_group(mode)) for mode in ("asan", "tsan")]
-
-
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=["asan", "tsan"])
 def sanitized(request, tmp_path_factory):
     mode = request.param
     why = build.missing(mode)

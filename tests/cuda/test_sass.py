@@ -12,8 +12,6 @@ import pytest
 from tests.cuda.count import Kernel, cost
 from tests.cuda.sass import CSRC, NVCC, run, tool
 
-pytestmark = pytest.mark.xdist_group("cubins")
-
 LOSSES = ("loss_f32", "loss_bf16", "loss_f64")
 SOURCES = (*LOSSES, "gate", "softmax", "compact")
 # Of float16, which differs from bfloat16 in a type alone, the kernels with the fewest registers to

@@ -12,8 +12,6 @@ from tests.cases import CLASSES, DTYPES, KINDS, LAYOUTS, lay_out, make_logits, p
 from tests.ops.test_softmax import check_softmax
 from tests.ops.test_statistics import check_statistics
 
-pytestmark = pytest.mark.xdist_group("emulated")
-
 # What registers and one block keep, and what takes a cluster.
 SHAPES = [(3, 3, 1000), (2, 3, 3001), (2, 2, 4099), (1, 2, 40000), (2, 1, 100000)]
 

@@ -5,7 +5,7 @@
 
 The kernels take minutes, and whoever runs the tests has just built them. An object is taken from
 there if its command is this one but for the folder of the sources, if the sources are the same, and
-if it is newer than all of them; else the compiler is called.
+if it is newer than those that it was made of; else the compiler is called.
 """
 
 from __future__ import annotations
@@ -24,27 +24,31 @@ def sources(tree: Path) -> dict[Path, bytes]:
     return {p.relative_to(csrc): p.read_bytes() for p in csrc.rglob("*") if p.is_file()}
 
 
-def command_of(build: Path, target: str) -> str:
-    """The command by which ninja makes an object."""
-    done = subprocess.run(
-        ["ninja", "-C", build, "-t", "commands", "-s", target], text=True, capture_output=True
-    )
-    return done.stdout
+def ninja(build: Path, *words: str) -> str:
+    """What a tool of ninja's says; nothing is written."""
+    return subprocess.run(
+        ["ninja", "-n", "-C", build, *words], text=True, capture_output=True
+    ).stdout
+
+
+def is_new(build: Path, target: str) -> bool:
+    """Whether nothing that an object was made of has changed since."""
+    title, *files = ninja(build, "-t", "deps", target).splitlines() or [""]
+    made = (build / target).stat().st_mtime
+    read = [build / line.strip() for line in files if line.strip()]
+    return "(VALID)" in title and all(p.exists() and p.stat().st_mtime < made for p in read)
 
 
 def made_before(command: list[str], root: Path = ROOT) -> Path | None:
     """The object that the build in `root` made by this command, or None."""
     build = root / "build" / sys.implementation.cache_tag
     target, source = (command[command.index(flag) + 1] for flag in ("-o", "-c"))
-    made = build / target
     tree = next((p.parent for p in Path(source).parents if p.name == "csrc"), None)
-    if tree is None or not made.is_file():
+    if tree is None or not (build / target).is_file():
         return None
-    newest = max(p.stat().st_mtime for p in (root / "csrc").rglob("*"))
-    same = command_of(build, target).replace(f"{root}/csrc/", f"{tree}/csrc/")
-    if shlex.split(same) != command or newest >= made.stat().st_mtime:
-        return None
-    return made if sources(tree) == sources(root) else None
+    theirs = ninja(build, "-t", "commands", "-s", target).replace(f"{root}/csrc/", f"{tree}/csrc/")
+    same = shlex.split(theirs) == command and sources(tree) == sources(root)
+    return build / target if same and is_new(build, target) else None
 
 
 def main(command: list[str]) -> int:

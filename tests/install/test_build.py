@@ -12,8 +12,6 @@ import pytest
 
 from tests.install.conftest import HAS_NVCC, ROOT, run
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 MODULES = ["_cpu", "_cuda"] if HAS_NVCC else ["_cpu"]
 # Everything else that a module needs must be inside it.
 SYSTEM_LIBRARIES = r"(libstdc\+\+|libgcc_s|libc|libm|libdl|librt|libpthread|libgomp|ld-linux.*)\.so"

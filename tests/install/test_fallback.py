@@ -10,8 +10,6 @@ import pytest
 
 from tests.install.conftest import call_hook, copy_tree, install
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 NO_COMPILER = {
     "nothing on PATH": {"PATH": "/nonexistent"},
     "CXX names nothing": {"CXX": "no-such-compiler"},

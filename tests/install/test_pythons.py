@@ -12,8 +12,6 @@ import pytest
 
 from tests.install.conftest import checked
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 PROBE = """
 import json, pathlib, sys, sysconfig
 header = pathlib.Path(sysconfig.get_path("include"), "Python.h")

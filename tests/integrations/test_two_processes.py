@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("trainers")
-
 for name in ("accelerate", "transformers", "lightning.pytorch"):
     pytest.importorskip(name)
 

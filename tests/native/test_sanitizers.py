@@ -3,8 +3,6 @@
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("sanitized")
-
 
 def test_every_kernel_stays_inside_its_buffers(drive):
     done = drive()

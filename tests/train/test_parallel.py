@@ -26,8 +26,6 @@ from msdkern.train.evaluate import evaluate_checkpoint
 from msdkern.train.log import read_log
 from msdkern.train.run import ENGINES
 
-pytestmark = pytest.mark.xdist_group("torchrun")
-
 DRIVER = Path(__file__).with_name("parallel_runs.py")
 README = Path(pipeline.__file__).with_name("README.md")
 MSD = {"loss": "msd", "alpha": 0.3, "beta_begin": 0.01}
