@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import parallel
+from tests import sharing
 
 OPERATORS = []  # a library lives as long as the object
 
@@ -32,9 +32,9 @@ if found := importlib.util.find_spec("torchvision"):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    return parallel.scheduler(config, log) if config.getvalue("dist") == "loadscope" else None
+    return sharing.scheduler(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):  # this is one of several processes
-        items.sort(key=lambda item: parallel.place(item.nodeid))
+        items.sort(key=lambda item: sharing.place_of(item.nodeid))
