@@ -1,5 +1,5 @@
-# make demo | test | lint | bench | clean, on a machine that has Python 3.10 or newer and a C++
-# compiler. Everything else goes into .venv, once; a later run installs only what changed.
+# make demo | build | test | lint | bench | clean, on a machine that has Python 3.10 or newer and a
+# C++ compiler. Everything else goes into .venv, once; a later run installs only what changed.
 # MSDKERN_CUDA=on adds the CUDA kernels (needs nvcc). PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
@@ -25,11 +25,11 @@ demo: $(PACKAGE)
 	$(SAY) 'Training a multi-exit network on 1,797 handwritten digits (a new folder under runs/)'
 	@$(BIN)/msdkern train
 
-# Of as many processes as cores: threads that wait for others must leave them the cores.
+# As many processes as cores, at most four: threads that wait must leave the cores to the others.
 test: export OMP_WAIT_POLICY = passive
 test: $(PACKAGE)
 	$(SAY) 'Testing'
-	@$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadscope
+	@$(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadscope
 
 build: $(PACKAGE)
 

@@ -3,6 +3,8 @@
 
 transformers, timm and torchdistill import torchvision, and that asks for two operators of its
 binary part at import. None of them is called here.
+
+And the order of the tests where several processes share them.
 """
 
 import importlib.util
