@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-# Globs of the tests that stay together, in the order in which they begin.
+# Globs of what takes longest, and of tests of several files that stay together, in the order in
+# which they begin.
 TOGETHER = {
     "wheel": ("tests/install/test_build.py*", "tests/install/test_[fp]*.py*"),
     "asan": ("tests/cuda/test_sanitizers.py::*asan*",),
@@ -20,6 +21,8 @@ TOGETHER = {
     "interpreted losses": ("tests/executors/test_triton.py::*losses*",),
     "interpreted gates": ("tests/executors/test_triton.py::*gates*",),
     "cubins": ("tests/cuda/test_sass.py*",),
+    "torchrun": ("tests/train/test_parallel.py*",),
+    "processors": ("tests/native/test_processors.py*",),
     "emulated": ("tests/cuda/test_[cgl]o*.py*", "tests/cuda/test_gate.py*"),
 }
 # Files whose tests are alone, and come last.
