@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 # Globs of what takes longest, and of tests of several files that stay together, in the order in
 # which they begin.
 TOGETHER = {
+    "sanitized": ("tests/native/test_sanitizers.py*",),
     "wheel": ("tests/install/test_build.py*", "tests/install/test_[fp]*.py*"),
     "asan": ("tests/cuda/test_sanitizers.py::*asan*",),
     "tsan": ("tests/cuda/test_sanitizers.py::*tsan*",),
