@@ -2,7 +2,7 @@
 // Exponentials and logarithms of vectors.
 #pragma once
 
-#include "simd.h"
+#include "storage.h"
 
 namespace MSDKERN_NAMESPACE {
 

@@ -15,7 +15,7 @@ INLINE Pair<VecOf<Real>> pair_terms(const Sweep<Real> &s, int i, int j, int64_t 
     const V q_i = load(s.e[i] + c) * s.row[i].inverse_t,
             q_j = load(s.e[j] + c) * s.row[j].inverse_t;
     if (kDivergence == MSDKERN_JSD) return jsd_pair(q_i, q_j, splat(s.beta));
-    const V x_i = below_maximum<V>(s, i, c), x_j = below_maximum<V>(s, j, c);
+    const V x_i = below_maximum<Real>(s, i, c), x_j = below_maximum<Real>(s, j, c);
     if (kDivergence == MSDKERN_SOFT_CE)
         return soft_ce_pair(relative_log(s, x_i, V{}, s.row[i].log_t), q_j);
     // Both less the deepest exit's log-sum, which their difference does not see.
@@ -102,10 +102,10 @@ struct NamedTerms {
         V other[MSDKERN_MAX_EXITS], work[MSDKERN_MAX_EXITS];
         const int exits = s.exits, pairs = s.pairs;
         // Soft cross entropy takes l itself, the divergences l relative to the deepest exit's.
-        const V deepest = below_maximum<V>(s, exits - 1, c);
+        const V deepest = below_maximum<Real>(s, exits - 1, c);
         for (int k = 0; k < exits; ++k) {
             q[k] = probability<V>(s, k, c);
-            const V x = below_maximum<V>(s, k, c);
+            const V x = below_maximum<Real>(s, k, c);
             if (kForward || kReverse)
                 d[k] = relative_log(s, x, deepest, s.row[k].gap);
             else
@@ -162,8 +162,9 @@ static void named_values(Sweep<Real> &s, int64_t classes) {
     }
 }
 
-template <class Real, class Terms>
-static void general_gradients(Sweep<Real> &s, int64_t classes) {
+template <class S, class Terms>
+static void general_gradients(Sweep<RealOf<S>> &s, int64_t classes) {
+    typedef RealOf<S> Real;
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
     V h[MSDKERN_MAX_EXITS];
@@ -173,8 +174,8 @@ static void general_gradients(Sweep<Real> &s, int64_t classes) {
             if (!s.out[i]) continue;
             const V q = probability<V>(s, i, c);
             const V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
-            write_gradient<Writes::kAny>(s, i, c, g, at_one<V>(s, s.power, i, c),
-                                         c + W <= classes ? 0 : int(classes - c));
+            write_gradient<S, Writes::kAny>(s, i, c, g, at_one<V>(s, s.power, i, c),
+                                            c + W <= classes ? 0 : int(classes - c));
         }
     }
 }
@@ -185,24 +186,24 @@ struct TwoSweeps {
     SweepFunction<Real> values, gradients;
 };
 
-template <class Real>
+template <class S, class Real = RealOf<S>>
 static TwoSweeps<Real> find_pair_sweeps(int divergence) {
     static const TwoSweeps<Real> table[4] = {
-        {pair_values<Real, 0>, general_gradients<Real, PairTerms<Real, 0>>},
-        {pair_values<Real, 1>, general_gradients<Real, PairTerms<Real, 1>>},
-        {pair_values<Real, 2>, general_gradients<Real, PairTerms<Real, 2>>},
-        {pair_values<Real, 3>, general_gradients<Real, PairTerms<Real, 3>>},
+        {pair_values<Real, 0>, general_gradients<S, PairTerms<Real, 0>>},
+        {pair_values<Real, 1>, general_gradients<S, PairTerms<Real, 1>>},
+        {pair_values<Real, 2>, general_gradients<S, PairTerms<Real, 2>>},
+        {pair_values<Real, 3>, general_gradients<S, PairTerms<Real, 3>>},
     };
     return table[divergence];
 }
 
-template <class Real>
+template <class S, class Real = RealOf<S>>
 static TwoSweeps<Real> find_named_sweeps(int divergence) {
     if (divergence == MSDKERN_FORWARD_KL)
-        return {named_values<Real, 0>, general_gradients<Real, NamedTerms<Real, 0>>};
+        return {named_values<Real, 0>, general_gradients<S, NamedTerms<Real, 0>>};
     if (divergence == MSDKERN_REVERSE_KL)
-        return {named_values<Real, 1>, general_gradients<Real, NamedTerms<Real, 1>>};
-    return {named_values<Real, 3>, general_gradients<Real, NamedTerms<Real, 3>>};
+        return {named_values<Real, 1>, general_gradients<S, NamedTerms<Real, 1>>};
+    return {named_values<Real, 3>, general_gradients<S, NamedTerms<Real, 3>>};
 }
 
 }  // namespace MSDKERN_NAMESPACE

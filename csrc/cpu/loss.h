@@ -14,8 +14,8 @@ namespace MSDKERN_NAMESPACE {
 
 // Gradients that no cache will hold are written past them; then there is room for the logits, and
 // less for exponentials. These are kept between the sweeps up to so many bytes per sample: beyond,
-// sweeps take them again. With the widest vectors one sweep does that for less than reading them
-// from the second cache costs; else, and for two sweeps, it pays only where no cache holds them.
+// sweeps take them again, a window at a time. With the widest vectors that takes less than reading
+// them from the second cache; else, and for two sweeps, it pays only where no cache holds them.
 constexpr int64_t kCacheBytes = 32 << 20;
 constexpr bool kWidest = kBytes == 64;
 constexpr int64_t kKeptStreaming = kWidest ? 256 << 10 : 2 << 20;
@@ -23,8 +23,7 @@ constexpr int64_t kKeptForOne = kWidest ? 480 << 10 : 2 << 20, kKeptForTwo = 8 <
 // Values are summed over at most this many classes before they are added up: fewer roundings in a
 // row.
 constexpr int64_t kBlock = 4096;
-constexpr int kFewVectors = 32;   // from here on a row is worth fetching while another is worked on
-constexpr int64_t kWindow = 512;  // classes per step when they are refilled or converted
+constexpr int kFewVectors = 32;  // from here on a row is worth fetching while another is worked on
 constexpr int64_t kGroupBytes = 16 << 10;  // of exponentials kept for samples worked on together
 
 template <class S>
@@ -40,12 +39,12 @@ struct Loss {
     const int64_t classes;
     Real row_factor, scale, inverse_t;  // r of the divergences, and s
     Rate<Real> rate;
-    bool divergent, gradient, general, stored, again, streams;  // exponentials: kept or taken again
+    bool divergent, gradient, general, stored, streams;  // stored: exponentials
     Powers power;
-    int64_t stride, window, samples;  // samples: worked on together
-    SweepFunction<Real> student;
-    SweepFunction<Real, V> lane_student;  // null where rows are worked on one by one
-    TwoSweeps<Real> careful, two_sweeps;  // pair by pair, and what this call uses
+    int64_t stride, window, samples;        // samples: worked on together
+    SweepFunction<Real> student, labelled;  // labelled: with mass on some classes
+    SweepFunction<Real, V> lane_student;    // null where rows are worked on one by one
+    TwoSweeps<Real> careful, two_sweeps;    // pair by pair, and what this call uses
 
     Loss(const msdkern_loss &c, Form f, const Normalizers &batch)
         : call(c),
@@ -73,31 +72,30 @@ struct Loss {
         streams = gradient && swept && !by_lanes && streamable();
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
         stored = kept <= (streams ? kKeptStreaming : swept ? kKeptForOne : kKeptForTwo);
-        again = !stored && swept;
         samples = most<int64_t>(1, stored ? least(kMostSamples, kGroupBytes / kept) : 1);
         if (by_lanes) samples = 1;  // those that must go row by row
-        window = least(stride, padded<Real>((stored || again) && kDirect ? kBlock : kWindow));
+        window = least(stride, padded<Real>(kBlock));
         choose_sweeps(by_lanes);
     }
 
     void choose_sweeps(bool by_lanes) {
-        careful = two_sweeps = find_pair_sweeps<Real>(call.divergence);
+        careful = two_sweeps = find_pair_sweeps<S>(call.divergence);
         const bool named = call.pairs == MSDKERN_PAIRS_MUTUAL || call.pairs == MSDKERN_PAIRS_DEEPER;
         if (named && !call.pair_divergence && call.divergence != MSDKERN_JSD)
-            two_sweeps = find_named_sweeps<Real>(call.divergence);
+            two_sweeps = find_named_sweeps<S>(call.divergence);
         bool plain = !streams && !targets.dense;
         for (int k = 0; k < exits; ++k) plain &= call.gradient[k] != nullptr;
         const Writes writes = plain ? Writes::kPlain : gradient ? Writes::kAny : Writes::kNone;
-        student = again ? find_sweep<Real, Real, Exps::kAgain>(call, writes)
-                        : find_sweep<Real, Real, Exps::kKept>(call, writes);
-        lane_student = by_lanes ? find_sweep<Real, V, Exps::kKept>(call, writes) : nullptr;
+        student = find_sweep<S, Real>(call, writes);
+        labelled = find_sweep<S, Real>(call, Writes::kAny);
+        lane_student = by_lanes ? find_sweep<Real, V>(call, writes) : nullptr;
     }
 
     // Whole vectors at their places, and more of them than fit a cache.
     bool streamable() const {
-        bool whole = kDirect && classes % W == 0;
+        bool whole = classes % W == 0;
         for (int k = 0; k < exits; ++k)
-            whole &= reinterpret_cast<uintptr_t>(call.gradient[k]) % kBytes == 0;
+            whole &= reinterpret_cast<uintptr_t>(call.gradient[k]) % (W * sizeof(S)) == 0;
         return whole && exits * call.rows * classes * int64_t(sizeof(S)) > kCacheBytes;
     }
     int arrays() const { return power == Powers::kNone ? 2 : 1; }
@@ -111,9 +109,13 @@ struct Loss {
     static const Real *real(const void *p) { return static_cast<const Real *>(p); }
 
     ScratchSizes sizes() const {
-        const int64_t kept = stored ? stride : window, converted = kDirect ? 0 : window;
-        return {samples, exits,  rows,      arrays(),
-                kept,    window, converted, targets.dense ? stride : 0};
+        return {samples,
+                exits,
+                rows,
+                arrays(),
+                stored ? stride : window,
+                divergent ? window : 0,
+                targets.dense ? stride : W};
     }
 
     // Maxima, exponentials and their sums of the rows of `count` samples, and their logarithms.
@@ -161,42 +163,41 @@ struct Loss {
                 g.maximum + i, g.argmax + i);
     }
 
-    static const bool kDirect = sizeof(S) == sizeof(Real);  // nothing needs conversion
-
     // Sample n, the `index`th of its group, whose rows begin at `first` in the group's arrays.
     struct Sample {
         int64_t n;
         int index, first;
-        bool copied;  // the sweeps read whole vectors of logits, or another dtype
+        bool copied;  // the sweeps read whole vectors of logits, in Real
         const Scratch<Real> &scratch;
         Sweep<Real> &s;
     };
 
-    // Runs a sweep over all classes, window by window, and stores gradients in their dtype.
+    // Runs a sweep over all classes, window by window.
     void run(SweepFunction<Real> sweep, const Sample &x, bool writes) const {
-        Sweep<Real> &s = x.s;
+        x.s.mass = nullptr;
         // From the last window back: its exponentials are the likeliest to be in a cache still.
         for (int64_t begin = (classes - 1) / window * window; begin >= 0; begin -= window) {
-            const int64_t count = least(window, classes - begin);
-            if (!stored && sweep != student) refill(x, begin, count);
-            if (x.copied) copy_logits(x, begin, count);
-            aim(x, begin);
-            for (int k = 0; k < exits; ++k) {
-                s.out[k] = nullptr;
-                if (!writes || !call.gradient[k]) continue;
-                s.out[k] =
-                    kDirect ? direct(gradient_of(k, x.n)) + begin : x.scratch.gradient + k * window;
-            }
-            sweep(s, count);
-            if (writes && !kDirect) flush(x, begin, count);
+            if (targets.dense) x.s.mass = x.scratch.mass + begin;
+            run(sweep, x, begin, least(window, classes - begin), writes);
         }
+    }
+    void run(SweepFunction<Real> sweep, const Sample &x, int64_t begin, int64_t count,
+             bool writes) const {
+        Sweep<Real> &s = x.s;
+        if (!stored) refill(x, begin, count);
+        if (x.copied) copy_logits(x, begin, count);
+        aim(x, begin);
+        for (int k = 0; k < exits; ++k)
+            s.out[k] = writes && call.gradient[k] ? gradient_of(k, x.n) + begin : nullptr;
+        sweep(s, count);
     }
     void refill(const Sample &x, int64_t begin, int64_t count) const {
         with_power(power, [&](auto p) __attribute__((always_inline)) {
             for (int r = 0; r < rows; ++r)
-                exponentials<decltype(p)::value, true>(row_of(r, x.n) + begin, count,
-                                                       x.scratch.group.maximum[x.first + r], rate,
-                                                       x.scratch.store_of(x.index, r));
+                strips<decltype(p)::value, true>(row_of(r, x.n) + begin, count,
+                                                 x.scratch.group.maximum[x.first + r], rate,
+                                                 x.scratch.store_of(x.index, r),
+                                                 row_of(r, x.n) + most<int64_t>(0, begin - window));
         });
     }
     void copy_logits(const Sample &x, int64_t begin, int64_t count) const {
@@ -212,36 +213,27 @@ struct Loss {
         const int64_t at = stored ? begin : 0;
         for (int r = 0; r < rows; ++r) {
             const RowStore<Real> kept = x.scratch.store_of(x.index, r);
-            s.z[r] = x.copied ? x.scratch.logits + r * window : direct(row_of(r, x.n)) + begin;
+            s.z[r] = x.copied ? static_cast<const void *>(x.scratch.logits + r * window)
+                              : row_of(r, x.n) + begin;
             s.e[r] = kept.e + at;
             if (r < exits) s.one[r] = kept.one + at;  // e itself where powers of it serve
         }
-        s.mass = targets.dense ? x.scratch.mass + begin : nullptr;
     }
-    static Real *direct(Real *p) { return p; }
-    static const Real *direct(const Real *p) { return p; }
-    template <class Other>
-    static Real *direct(Other *) {
-        return nullptr;  // another dtype is never read or written directly
-    }
-    // The label's share is subtracted in Real, before rounding to the storage dtype.
-    void flush(const Sample &x, int64_t begin, int64_t count) const {
-        const Sweep<Real> &s = x.s;
-        const int64_t label = call.label && !targets.dense ? call.label[x.n] - begin : -1;
-        for (int k = 0; k < exits; ++k) {
-            if (!s.out[k]) continue;
-            S *to = gradient_of(k, x.n) + begin;
-            if (label >= 0 && label < count) s.out[k][label] -= s.row[k].mass_scale;
-            int64_t c = 0;
-            for (; c + W <= count; c += W) store(to + c, load(s.out[k] + c));
-            if (c < count) store_partial(to + c, int(count - c), load(s.out[k] + c));
+    // The label's share is subtracted in Real, before rounding to the storage dtype: where that
+    // rounds, by the sweep once more, over the vector of classes that has the label.
+    void subtract_label(SweepFunction<Real> sweep, const Sample &x) const {
+        if (!call.label || targets.dense) return;
+        const int64_t label = call.label[x.n], begin = label / W * W;
+        if (sizeof(S) == sizeof(Real)) {
+            for (int k = 0; k < exits; ++k)
+                if (call.gradient[k])
+                    real(call.gradient[k])[x.n * classes + label] -= x.s.row[k].mass_scale;
+            return;
         }
-    }
-    void subtract_label(const Sample &x) const {
-        if (!kDirect || !call.label || targets.dense) return;
-        for (int k = 0; k < exits; ++k)
-            if (call.gradient[k])
-                direct(gradient_of(k, x.n))[call.label[x.n]] -= x.s.row[k].mass_scale;
+        store(x.scratch.mass, V{});
+        x.scratch.mass[label - begin] = 1;
+        x.s.mass = x.scratch.mass;
+        run(sweep, x, begin, least<int64_t>(W, classes - begin), true);
     }
 
     void zero_row(int64_t n) const {
@@ -253,7 +245,7 @@ struct Loss {
                Partial *partial) const {
         const int count = int(last - first);
         softmaxes(first, count, scratch);
-        const bool copied = !kDirect || (divergent && general);
+        const bool copied = divergent && general;
         for (int i = 0; i < count; ++i) {
             const Sample x = {first + i, i, scratch.group.at(i, 0), copied, scratch, s};
             if (form == Form::kScalar) predictions(scratch.group, i, x.n);
@@ -278,10 +270,11 @@ struct Loss {
         }
         if (call.pairs == MSDKERN_PAIRS_DENSE && call.pair_weight_per_row)
             dense_weights(call, s, x.scratch.weight, x.n);
-        divergences_and_gradients(x);
+        const SweepFunction<Real> writer = divergences_and_gradients(x);
         record(x.n, ce, s.value, partial);
         if (partial && s.matrix)
             for (int i = 0; i < exits * rows; ++i) partial->matrix[i] += double(s.matrix[i]);
+        if (gradient) subtract_label(writer, x);
     }
     // What sample n adds to the batch, or its rows of the outputs.
     void record(int64_t n, const Real *ce, const Real *divergence, Partial *partial) const {
@@ -320,17 +313,23 @@ struct Loss {
                                   : row_factor;
         return upstream * scale;
     }
-    void divergences_and_gradients(const Sample &x) const {
+    // Returns what the gradients were written by.
+    SweepFunction<Real> divergences_and_gradients(const Sample &x) const {
         Sweep<Real> &s = x.s;
         for (int k = 0; k < exits; ++k)
             s.row[k].pair_scale =
                 divergence_scale(k, x.n) * (general ? Real(1) : s.share[k] * inverse_t);
         clear(s);
-        if (!divergent && !gradient) return;
+        SweepFunction<Real> written = labelled;
+        if (!divergent && !gradient) return written;
         if (divergent && general) {
             run_general(two_sweeps, x);
+            written = two_sweeps.gradients;
             // A class masked with -inf makes running sums inf - inf; the pairs are careful.
-            if (two_sweeps.values != careful.values && not_finite(s)) run_general(careful, x);
+            if (two_sweeps.values != careful.values && not_finite(s)) {
+                run_general(careful, x);
+                written = careful.gradients;
+            }
         } else {
             run(student, x, gradient);
             if (divergent && not_finite(s)) {
@@ -339,7 +338,7 @@ struct Loss {
             }
         }
         if (divergent) correct_values(s, call.divergence);
-        if (gradient) subtract_label(x);
+        return written;
     }
     void run_general(const TwoSweeps<Real> &sweeps, const Sample &x) const {
         clear(x.s);

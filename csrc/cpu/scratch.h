@@ -10,9 +10,8 @@ struct ScratchSizes {
     int64_t samples;  // worked on together
     int exits, rows;  // rows: exits and external teachers
     int arrays;       // of exponentials, per row
-    // Classes, in whole vectors: of exponentials, of a step's logits, of its gradients that are yet
-    // to be converted, of a target's mass.
-    int64_t kept, window, converted, mass;
+    // Classes, in whole vectors: of exponentials, of a step's logits, of a target's mass.
+    int64_t kept, window, mass;
 };
 
 template <class Real>
@@ -21,16 +20,15 @@ class Scratch {
     static const int W = kLanes<Real>;
 
     // The parts one after another, each of whole vectors: [samples][rows][arrays][kept]
-    // exponentials, [rows][window] logits where the sweeps cannot read the caller's,
-    // [exits][window] gradients, the target's mass on [classes], W and D [exits][rows], and two
-    // vectors per row that are to be folded. The group's scalars follow.
-    enum Part { kExps, kLogits, kGradient, kMass, kWeight, kMatrix, kFoldT, kFoldOne, kParts };
+    // exponentials, [rows][window] logits where the sweeps cannot read the caller's, the target's
+    // mass on [classes], W and D [exits][rows], and two vectors per row that are to be folded. The
+    // group's scalars follow.
+    enum Part { kExps, kLogits, kMass, kWeight, kMatrix, kFoldT, kFoldOne, kParts };
     static int64_t size(const ScratchSizes &s, int part) {
         const int64_t matrix = (s.exits * s.rows + W - 1) / W * W;
         const int64_t folded = (s.samples * s.rows + W - 1) / W * W * W;
         const int64_t sizes[kParts] = {s.samples * s.rows * s.arrays * s.kept,
                                        s.rows * s.window,
-                                       s.exits * s.converted,
                                        s.mass,
                                        matrix,
                                        matrix,
@@ -47,7 +45,7 @@ class Scratch {
     const int64_t row_size, rows, kept;
 
  public:
-    Real *const exps, *const logits, *const gradient, *const mass, *const weight, *const matrix;
+    Real *const exps, *const logits, *const mass, *const weight, *const matrix;
     V *const fold_t, *const fold_one;
     const Group<Real> group;
 
@@ -60,7 +58,6 @@ class Scratch {
           kept(s.kept),
           exps(static_cast<Real *>(memory)),
           logits(exps + offset(s, kLogits)),
-          gradient(exps + offset(s, kGradient)),
           mass(exps + offset(s, kMass)),
           weight(exps + offset(s, kWeight)),
           matrix(exps + offset(s, kMatrix)),

@@ -53,6 +53,9 @@ struct Kind<double> {
     typedef double Real;
 };
 
+template <class S>
+using RealOf = typename Kind<S>::Real;
+
 template <class Real>
 struct Vector;
 template <>
@@ -71,6 +74,8 @@ struct Vector<double> {
 };
 template <class Real>
 using VecOf = typename Vector<Real>::Vec;
+template <class S>
+using StoredIn = VecOf<RealOf<S>>;  // what is loaded from storage type S
 template <class Real>
 constexpr int kLanes = kBytes / int(sizeof(Real));
 
@@ -91,136 +96,6 @@ template <class V, class T>
 INLINE void write(T *p, V v) {
     reinterpret_cast<Anywhere<V> *>(p)->v = v;
 }
-
-// Loads and stores, converting from and to the storage type. --------------------------------
-
-INLINE VecF load(const float *p) { return read<VecF>(p); }
-INLINE VecD load(const double *p) { return read<VecD>(p); }
-INLINE void store(float *p, VecF v) { write(p, v); }
-INLINE void store(double *p, VecD v) { write(p, v); }
-
-INLINE VecF load(const bfloat *p) {
-    return (VecF)(__builtin_convertvector(read<HalfF>(p), BitsF) << 16);
-}
-
-// Round to nearest even; NaN stays NaN.
-INLINE void store(bfloat *p, VecF v) {
-    BitsF u = (BitsF)v;
-    BitsF rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    BitsF quiet = (u >> 16) | 0x40u;
-    BitsF result = (BitsF)(v != v) ? quiet : rounded;
-    write(p, __builtin_convertvector(result, HalfF));
-}
-
-#if defined(__F16C__) && !defined(MSDKERN_VECTOR_BYTES)
-#if defined(__AVX512F__)
-INLINE VecF load(const half *p) { return (VecF)_mm512_cvtph_ps(read<__m256i>(p)); }
-INLINE void store(half *p, VecF v) { write(p, _mm512_cvtps_ph((__m512)v, 0)); }
-#else
-INLINE VecF load(const half *p) { return (VecF)_mm256_cvtph_ps(read<__m128i>(p)); }
-INLINE void store(half *p, VecF v) { write(p, _mm256_cvtps_ph((__m256)v, 0)); }
-#endif
-#else
-INLINE VecF load(const half *p) {
-    BitsF h = __builtin_convertvector(read<HalfF>(p), BitsF);
-    BitsF magnitude = (h & 0x7fffu) << 13;
-    BitsF finite = (BitsF)((VecF)magnitude * 0x1p112f);  // moves the exponent bias, denormals too
-    BitsF result = (BitsF)(magnitude >= 0x0f800000u) ? (magnitude | 0x7f800000u) : finite;
-    return (VecF)(result | ((h & 0x8000u) << 16));
-}
-
-INLINE void store(half *p, VecF v) {
-    BitsF u = (BitsF)v, sign = (u >> 16) & 0x8000u;
-    u &= 0x7fffffffu;
-    BitsF normal = (u - 0x37fff001u + ((u >> 13) & 1u)) >> 13;  // rebias, round to nearest even
-    BitsF tiny = (BitsF)((VecF)u + 0.5f) - 0x3f000000u;         // the addition rounds a denormal
-    BitsF large = (BitsF)(u > 0x7f800000u) ? (BitsF{} + 0x7e00u) : (BitsF{} + 0x7c00u);
-    BitsF h = (BitsF)(u < 0x38800000u) ? tiny : normal;
-    h = (BitsF)(u >= 0x477ff000u) ? large : h;
-    write(p, __builtin_convertvector(h | sign, HalfF));
-}
-#endif
-
-// Past the caches where that is possible; to an address of whole vectors.
-INLINE void stream(float *p, VecF v) {
-#if defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
-    _mm512_stream_ps(p, (__m512)v);
-#elif defined(__AVX__) && !defined(MSDKERN_VECTOR_BYTES)
-    _mm256_stream_ps(p, (__m256)v);
-#else
-    store(p, v);
-#endif
-}
-INLINE void stream(double *p, VecD v) { stream(reinterpret_cast<float *>(p), (VecF)v); }
-// What was streamed is seen by other threads before anything stored later.
-INLINE void end_streams() {
-#if defined(__AVX__) && !defined(MSDKERN_VECTOR_BYTES)
-    _mm_sfence();
-#endif
-}
-
-// The first n lanes (1 <= n <= lanes); the others are `fill`. Nothing beyond p[n - 1] is read or
-// written.
-template <class Real>
-INLINE typename Vector<Real>::Int first_lanes(int n) {
-    typedef typename Vector<Real>::Lane Lane;
-    static const Lane window[32] = {-1, -1, -1, -1, -1, -1, -1, -1,
-                                    -1, -1, -1, -1, -1, -1, -1, -1};  // then zeros
-    return read<typename Vector<Real>::Int>(window + 16 - n);
-}
-
-template <class S>
-INLINE VecOf<typename Kind<S>::Real> load_partial(const S *p, int n, typename Kind<S>::Real fill) {
-    typedef typename Kind<S>::Real Real;
-    S part[kLanes<Real>] = {};
-    for (int i = 0; i < n; ++i) part[i] = p[i];
-    return first_lanes<Real>(n) ? load(part) : splat(fill);
-}
-
-template <class S>
-INLINE void store_partial(S *p, int n, VecOf<typename Kind<S>::Real> v) {
-    S part[kLanes<typename Kind<S>::Real>];
-    store(part, v);
-    for (int i = 0; i < n; ++i) p[i] = part[i];
-}
-
-INLINE void store_one(float *p, float x) { *p = x; }
-INLINE void store_one(double *p, double x) { *p = x; }
-template <class S>
-INLINE void store_one(S *p, float x) {
-    store_partial(p, 1, splat(x));
-}
-
-// 0, 1, 2, ...
-template <class Real>
-INLINE VecOf<Real> lane_numbers() {
-    static const Real numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return read<VecOf<Real>>(numbers);
-}
-
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
-INLINE VecF load_partial(const float *p, int n, float fill) {
-    const IntF lanes = first_lanes<float>(n);
-    return lanes ? (VecF)_mm256_maskload_ps(p, (__m256i)lanes) : splat(fill);
-}
-INLINE VecD load_partial(const double *p, int n, double fill) {
-    const IntD lanes = first_lanes<double>(n);
-    return lanes ? (VecD)_mm256_maskload_pd(p, (__m256i)lanes) : splat(fill);
-}
-#elif defined(__AVX512F__) && !defined(MSDKERN_VECTOR_BYTES)
-INLINE VecF load_partial(const float *p, int n, float fill) {
-    return (VecF)_mm512_mask_loadu_ps((__m512)splat(fill), __mmask16((1u << n) - 1), p);
-}
-INLINE VecD load_partial(const double *p, int n, double fill) {
-    return (VecD)_mm512_mask_loadu_pd((__m512d)splat(fill), __mmask8((1u << n) - 1), p);
-}
-INLINE void store_partial(float *p, int n, VecF v) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-}
-INLINE void store_partial(double *p, int n, VecD v) {
-    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
-}
-#endif
 
 // Selections and reductions, in a fixed order. ------------------------------------------------
 

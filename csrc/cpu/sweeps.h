@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sweeps over the classes of one sample: q, l and p of all exits in, divergences and gradients
-// out. Everything here works on rows in Real: exponentials and what else is kept in whole vectors,
-// logits in the caller's rows where these are in Real, whose ends are read in part.
+// out. Logits and gradients are the caller's rows, in their storage type S, whose ends are read and
+// written in part; exponentials and what else is kept are in Real and in whole vectors.
 #pragma once
 
 #include "../msdkern.h"
@@ -30,11 +30,11 @@ struct Sweep {
     int exits, rows, pairs;  // rows: exits and external teachers
     const Powers power;
     const Rate<Real> rate;
-    // Window: logits z, e = exp((z - m) / T), and what exp(z - m) is raised from: e or itself. (e
-    // and one only where exponentials are kept.)
-    const Real *z[MSDKERN_MAX_ROWS], *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
+    // Window: logits z, e = exp((z - m) / T), and what exp(z - m) is raised from: e or itself.
+    const void *z[MSDKERN_MAX_ROWS];
+    const Real *e[MSDKERN_MAX_ROWS], *one[MSDKERN_MAX_EXITS];
     const Real *mass;              // u, the target's mass on each class, or null
-    Real *out[MSDKERN_MAX_EXITS];  // gradient, or null
+    void *out[MSDKERN_MAX_EXITS];  // gradient, or null
     bool streams;                  // past the caches
     RowConstants<Num> row[MSDKERN_MAX_ROWS];
     // Divergence of student i: share[i] times a sum over teachers whose weights sum to n[i].
@@ -50,30 +50,20 @@ struct Sweep {
 };
 
 // A whole vector, or only its first `partial` lanes where that is not 0.
-template <class Real>
-INLINE VecOf<Real> load_some(const Real *from, int partial) {
-    return partial ? load_partial(from, partial, Real(0)) : load(from);
+template <class S>
+INLINE StoredIn<S> load_some(const S *from, int partial) {
+    return partial ? load_partial(from, partial, typename Kind<S>::Real(0)) : load(from);
 }
-template <class Real>
-INLINE void store_some(Real *to, VecOf<Real> v, int partial) {
+
+template <class S>
+INLINE void put(void *row, int64_t c, StoredIn<S> v, int partial, bool streams) {
+    S *const to = static_cast<S *>(row) + c;
     if (partial)
         store_partial(to, partial, v);
-    else
-        store(to, v);
-}
-
-// The first `partial` lanes of v, then zeros.
-template <class Real>
-INLINE VecOf<Real> some(VecOf<Real> v, int partial) {
-    return partial ? (first_lanes<Real>(partial) ? v : VecOf<Real>{}) : v;
-}
-
-template <class Real>
-INLINE void put(Real *to, VecOf<Real> v, int partial, bool streams) {
-    if (streams && !partial)
+    else if (streams)
         stream(to, v);
     else
-        store_some(to, v, partial);
+        store(to, v);
 }
 
 // q and x = z - m of row r at offset c, and d = l less the l of another row, the reference. The
@@ -82,9 +72,9 @@ template <class V, class Real, class Num>
 INLINE V probability(const Sweep<Real, Num> &s, int r, int64_t c) {
     return load(s.e[r] + c) * s.row[r].inverse_t;
 }
-template <class V, class Real, class Num>
-INLINE V below_maximum(const Sweep<Real, Num> &s, int r, int64_t c, int partial = 0) {
-    return load_some(s.z[r] + c, partial) - s.row[r].maximum;
+template <class S, class Source>
+INLINE StoredIn<S> below_maximum(const Source &s, int r, int64_t c, int partial = 0) {
+    return load_some(static_cast<const S *>(s.z[r]) + c, partial) - s.row[r].maximum;
 }
 template <class V, class Real, class Num, class Gap>
 INLINE V relative_log(const Sweep<Real, Num> &s, V x, V reference, Gap gap) {
@@ -120,38 +110,33 @@ static void correct_values(Sweep<Real, Num> &s, int divergence) {
         }
 }
 
-// Exponentials are kept by the sweep that sums them, or taken again.
-enum class Exps { kKept, kAgain };
+// f(0) to f(n - 1): unrolled where K, the number of exits, is known. (Unrolled all the same, loops
+// over any number of them were half of the binary, and no faster.)
+template <int K, class F>
+INLINE void each(int n, F f) {
+    if constexpr (K != 0) {
+        UNROLL for (int i = 0; i < n; ++i) f(i);
+    } else {
+        for (int i = 0; i < n; ++i) f(i);
+    }
+}
 
 // q and x of every row for NV vectors of classes, read once. With K known the compiler keeps them
 // in registers; K = 0 stands for any number.
-template <class Real, int NV, int K, Exps kExps>
+template <class S, int NV, int K>
 struct Tile {
+    typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
-    static const int kRows = K ? K : MSDKERN_MAX_ROWS, kAgain = kExps == Exps::kAgain;
-    V q[kRows][NV], x[kRows][NV], one[kAgain ? kRows : 1][NV];  // one: exp(x)
+    static const int kExits = K, kRows = K ? K : MSDKERN_MAX_ROWS;
+    V q[kRows][NV], x[kRows][NV];
     template <class Source>
-    INLINE_MEMBER void read(const Source &s, Powers power, int rows, int64_t c, int partial) {
-        UNROLL for (int r = 0; r < rows; ++r) for (int v = 0; v < NV; ++v) {
-            x[r][v] = below_maximum<V>(s, r, c + v * kLanes<Real>, partial);
-            if constexpr (kAgain)
-                exponentiate(s, power, r, v, partial);
-            else
+    INLINE_MEMBER void read(const Source &s, int rows, int64_t c, int partial) {
+        each<K>(rows, [&](int r) __attribute__((always_inline)) {
+            for (int v = 0; v < NV; ++v) {
+                x[r][v] = below_maximum<S>(s, r, c + v * kLanes<Real>, partial);
                 q[r][v] = probability<V>(s, r, c + v * kLanes<Real>);
-        }
-    }
-    template <class Source>
-    INLINE_MEMBER void exponentiate(const Source &s, Powers power, int r, int v, int partial) {
-        const V e = some<Real>(exponential(x[r][v], s.rate), partial);
-        q[r][v] = e * s.row[r].inverse_t;
-        one[r][v] =
-            power == Powers::kNone ? some<Real>(exponential(x[r][v]), partial) : raised(power, e);
-    }
-    // exp(z - m) of exit i.
-    template <class Source>
-    INLINE_MEMBER V at_one(const Source &s, Powers power, int i, int v, int64_t c) const {
-        if constexpr (kAgain) return one[i][v];
-        return MSDKERN_NAMESPACE::at_one<V>(s, power, i, c);
+            }
+        });
     }
     // d of row r less row j's: 0 where they agree, and nearly exact where they almost do.
     template <class Source, class Gap>
@@ -161,8 +146,9 @@ struct Tile {
     // x becomes d, less the deepest exit's.
     template <class Source>
     INLINE_MEMBER void relate(const Source &s, int exits) {
-        UNROLL for (int k = 0; k < exits - 1; ++k) for (int v = 0; v < NV; ++v) x[k][v] =
-            distance(s, k, exits - 1, v, s.row[k].gap);
+        each<K>(exits - 1, [&](int k) __attribute__((always_inline)) {
+            for (int v = 0; v < NV; ++v) x[k][v] = distance(s, k, exits - 1, v, s.row[k].gap);
+        });
         for (int v = 0; v < NV; ++v) x[exits - 1][v] = V{};
     }
 };
@@ -211,10 +197,12 @@ struct Mutual : Mixture<Real, NV> {
             deepest[v] = tile.q[last][v];
             excess[v] = this->moment[v] = V{};
         }
-        UNROLL for (int k = 0; k < last; ++k) for (int v = 0; v < NV; ++v) {
-            excess[v] += tile.q[k][v] - deepest[v];
-            this->moment[v] += tile.q[k][v] * tile.x[k][v];  // related
-        }
+        each<T::kExits>(last, [&](int k) __attribute__((always_inline)) {
+            for (int v = 0; v < NV; ++v) {
+                excess[v] += tile.q[k][v] - deepest[v];
+                this->moment[v] += tile.q[k][v] * tile.x[k][v];  // related
+            }
+        });
         for (int v = 0; v < NV; ++v) this->mass[v] = excess[v] + Real(exits) * deepest[v];
     }
 };
@@ -258,16 +246,16 @@ struct Dense : Mixture<Real, NV> {
     template <class Source, class T>
     INLINE_MEMBER void select(const Source &s, const T &tile, int rows, int i) {
         this->clear();
-        UNROLL for (int r = 0; r < rows; ++r) {
+        each<T::kExits>(rows, [&](int r) __attribute__((always_inline)) {
             const Real w = s.weight[i * rows + r];
-            if (w == 0) continue;
+            if (w == 0) return;
             const auto gap = s.row[r].gap - s.row[i].gap;
             for (int v = 0; v < NV; ++v) {
                 const V share = tile.q[r][v] * w;
                 this->mass[v] += share;
                 this->moment[v] += share * tile.distance(s, r, i, v, gap);
             }
-        }
+        });
     }
     INLINE_MEMBER V value(int v, V gradient, V) const { return this->moment[v] + gradient; }
 };
@@ -278,30 +266,31 @@ struct Dense : Mixture<Real, NV> {
 enum class Writes { kNone, kPlain, kAny };
 
 // (6) The gradient at offset `at`: what comes of the divergences, and the cross entropy's.
-template <Writes kWrites, class Source, class V>
+template <class S, Writes kWrites, class Source, class V>
 INLINE void write_gradient(const Source &s, int i, int64_t at, V g, V one, int partial) {
     const bool any = kWrites == Writes::kAny;
     g += one * s.row[i].p_scale;
     if (any && s.mass) g -= load(s.mass + at) * s.row[i].mass_scale;
-    put(s.out[i] + at, g, partial, any && s.streams);
+    put<S>(s.out[i], at, g, partial, any && s.streams);
 }
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
 // teachers, and the whole gradient. One sweep, O(K) but for Dense.
-template <template <class, int> class Mixer, bool kSoft, Writes kWrites, Exps kExps, int NV, int K,
+template <class S, template <class, int> class Mixer, bool kSoft, Writes kWrites, int NV, int K,
           class Real, class Num>
 INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, VecOf<Real> *value,
                          int partial = 0) {
     typedef VecOf<Real> V;
     typedef Mixer<Real, NV> M;
     const int W = kLanes<Real>, exits = K ? K : s.exits, rows = K ? K : s.rows;
-    Tile<Real, NV, K, kExps> tile;
-    tile.read(s, power, M::kAllRows ? rows : exits, c, partial);
+    Tile<S, NV, K> tile;
+    tile.read(s, M::kAllRows ? rows : exits, c, partial);
     const bool related = !kSoft && !M::kChain && !M::kAllRows;
     if (related) tile.relate(s, exits);
     M mixer;
     mixer.begin(s, tile, exits);
-    UNROLL for (int i = exits - 1; i >= 0; --i) {
+    each<K>(exits, [&](int done) __attribute__((always_inline)) {
+        const int i = exits - 1 - done;
         mixer.select(s, tile, rows, i);
         const V n = splat(s.n[i]);
         const int reference = M::kChain && i + 1 < exits ? i + 1 : exits - 1;
@@ -318,29 +307,30 @@ INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, Vec
             else
                 value[i] += mixer.value(v, gradient, d);
             if (kWrites == Writes::kPlain || (kWrites == Writes::kAny && s.out[i]))
-                write_gradient<kWrites>(s, i, at, gradient * s.row[i].pair_scale,
-                                        tile.at_one(s, power, i, v, at), partial);
+                write_gradient<S, kWrites>(s, i, at, gradient * s.row[i].pair_scale,
+                                           at_one<V>(s, power, i, at), partial);
             if (M::kRemembers) mixer.passed(i == exits - 1, v, q, d);
         }
-    }
+    });
 }
 
-template <class Real, class Num, template <class, int> class Mixer, bool kSoft, Writes kWrites,
-          Exps kExps, int K>
-static void student_sweep(Sweep<Real, Num> &s, int64_t classes) {
+template <class S, class Num, template <class, int> class Mixer, bool kSoft, Writes kWrites, int K>
+static void student_sweep(Sweep<RealOf<S>, Num> &s, int64_t classes) {
+    typedef RealOf<S> Real;
     typedef VecOf<Real> V;
-    const int W = kLanes<Real>, NV = K ? 1 : kTile;
+    // One vector of each exit at a time where there are registers for all; of two exits as many.
+    const int W = kLanes<Real>, NV = K > 2 ? 1 : kTile;
     V value[K ? K : MSDKERN_MAX_EXITS];
     const int exits = K ? K : s.exits;
     for (int i = 0; i < exits; ++i) value[i] = V{};
     const auto tiles = [&](auto power) __attribute__((always_inline)) {
         int64_t c = 0;
         for (; c + NV * W <= classes; c += NV * W)
-            student_tile<Mixer, kSoft, kWrites, kExps, NV, K>(s, power, c, value);
+            student_tile<S, Mixer, kSoft, kWrites, NV, K>(s, power, c, value);
         for (; c + W <= classes; c += W)
-            student_tile<Mixer, kSoft, kWrites, kExps, 1, K>(s, power, c, value);
+            student_tile<S, Mixer, kSoft, kWrites, 1, K>(s, power, c, value);
         if (c < classes)
-            student_tile<Mixer, kSoft, kWrites, kExps, 1, K>(s, power, c, value, int(classes - c));
+            student_tile<S, Mixer, kSoft, kWrites, 1, K>(s, power, c, value, int(classes - c));
     };
     if constexpr (kWrites == Writes::kPlain)
         with_power(s.power, tiles);
@@ -353,15 +343,15 @@ template <class Real, class Num = Real>
 using SweepFunction = void (*)(Sweep<Real, Num> &, int64_t);
 
 // [pairs][soft][gradient], any number of exits.
-template <class Real, class Num, Exps kExps>
-static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gradient) {
-#define ONE(M, soft, writes) student_sweep<Real, Num, M, soft, Writes::writes, kExps, 0>
+template <class S, class Num>
+static SweepFunction<RealOf<S>, Num> find_student_sweep(int pairs, bool soft, bool gradient) {
+#define ONE(M, soft, writes) student_sweep<S, Num, M, soft, Writes::writes, 0>
 #define ROW(M)                                                                                   \
     {                                                                                            \
         {ONE(M, false, kNone), ONE(M, false, kAny)}, { ONE(M, true, kNone), ONE(M, true, kAny) } \
     }
-    static const SweepFunction<Real, Num> table[5][2][2] = {ROW(Mutual), ROW(Last), ROW(Deeper),
-                                                            ROW(Next), ROW(Dense)};
+    static const SweepFunction<RealOf<S>, Num> table[5][2][2] = {
+        ROW(Mutual), ROW(Last), ROW(Deeper), ROW(Next), ROW(Dense)};
 #undef ROW
 #undef ONE
     return table[pairs - MSDKERN_PAIRS_MUTUAL][soft][gradient];
@@ -369,65 +359,61 @@ static SweepFunction<Real, Num> find_student_sweep(int pairs, bool soft, bool gr
 
 // [exits - 2], few exits and no external teachers: forward KL in float, unrolled where that pays.
 // Null where there is none.
-template <class Real, class Num, Exps kExps>
-static SweepFunction<Real, Num> find_unrolled(int pairs, int exits, Writes writes) {
-    if constexpr (sizeof(Real) == sizeof(float)) {
+template <class S, class Num>
+static SweepFunction<RealOf<S>, Num> find_unrolled(int pairs, int exits, Writes writes) {
+    if constexpr (sizeof(RealOf<S>) == sizeof(float)) {
         constexpr int kMost = 8;
-        constexpr Writes kNone = Writes::kNone, kAny = Writes::kAny;
-        constexpr Writes kPlain = kExps == Exps::kKept ? Writes::kPlain : kAny;
-#define ONE(M, K, w) student_sweep<Real, Num, M, false, w, kExps, K>
+        constexpr Writes kNone = Writes::kNone, kPlain = Writes::kPlain, kAny = Writes::kAny;
+#define ONE(M, K, w) student_sweep<S, Num, M, false, w, K>
 #define ROW(M, w)                                                                           \
     {                                                                                       \
         ONE(M, 2, w), ONE(M, 3, w), ONE(M, 4, w), ONE(M, 5, w), ONE(M, 6, w), ONE(M, 7, w), \
             ONE(M, kMost, w)                                                                \
     }
-        static const SweepFunction<Real, Num> mutual[][kMost - 1] = {
+        static const SweepFunction<RealOf<S>, Num> mutual[][kMost - 1] = {
             ROW(Mutual, kNone), ROW(Mutual, kPlain), ROW(Mutual, kAny)};
-        static const SweepFunction<Real, Num> dense[kMost - 1] = ROW(Dense, kAny);
+        static const SweepFunction<RealOf<S>, Num> last[][kMost - 1] = {
+            ROW(Last, kNone), ROW(Last, kPlain), ROW(Last, kAny)};
+        static const SweepFunction<RealOf<S>, Num> dense[kMost - 1] = ROW(Dense, kAny);
 #undef ROW
 #undef ONE
         if (exits < 2 || exits > kMost) return nullptr;
         if (pairs == MSDKERN_PAIRS_MUTUAL) return mutual[int(writes)][exits - 2];
+        if (pairs == MSDKERN_PAIRS_LAST) return last[int(writes)][exits - 2];
         if (pairs == MSDKERN_PAIRS_DENSE && writes != kNone) return dense[exits - 2];
     }
     return nullptr;
 }
 
 // Cross entropy alone.
-template <class Real, class Num, Writes kWrites, Exps kExps>
-static void cross_entropy_sweep(Sweep<Real, Num> &s, int64_t classes) {
-    typedef VecOf<Real> V;
-    const int W = kLanes<Real>;
-    const auto vector = [&](auto power, int i, int64_t c,
-                            int partial) __attribute__((always_inline)) {
-        V one;
-        if constexpr (kExps == Exps::kAgain)
-            one = some<Real>(exponential(below_maximum<V>(s, i, c, partial)), partial);
-        else
-            one = at_one<V>(s, power, i, c);
-        write_gradient<kWrites>(s, i, c, V{}, one, partial);
-    };
+template <class S, class Num, Writes kWrites>
+static void cross_entropy_sweep(Sweep<RealOf<S>, Num> &s, int64_t classes) {
+    typedef VecOf<RealOf<S>> V;
+    const int W = kLanes<RealOf<S>>;
     with_power(s.power, [&](auto power) __attribute__((always_inline)) {
+        const auto vector = [&](int i, int64_t c, int partial) __attribute__((always_inline)) {
+            write_gradient<S, kWrites>(s, i, c, V{}, at_one<V>(s, power, i, c), partial);
+        };
         for (int i = 0; i < s.exits; ++i) {
             if (!s.out[i]) continue;
             int64_t c = 0;
-            for (; c + W <= classes; c += W) vector(power, i, c, 0);
-            if (c < classes) vector(power, i, c, int(classes - c));
+            for (; c + W <= classes; c += W) vector(i, c, 0);
+            if (c < classes) vector(i, c, int(classes - c));
         }
     });
 }
 
 // The fastest sweep for what is wanted.
-template <class Real, class Num, Exps kExps>
-static SweepFunction<Real, Num> find_sweep(const msdkern_loss &call, Writes writes) {
+template <class S, class Num>
+static SweepFunction<RealOf<S>, Num> find_sweep(const msdkern_loss &call, Writes writes) {
     if (call.pairs == MSDKERN_PAIRS_NONE)
-        return writes == Writes::kPlain ? cross_entropy_sweep<Real, Num, Writes::kPlain, kExps>
-                                        : cross_entropy_sweep<Real, Num, Writes::kAny, kExps>;
+        return writes == Writes::kPlain ? cross_entropy_sweep<S, Num, Writes::kPlain>
+                                        : cross_entropy_sweep<S, Num, Writes::kAny>;
     const bool soft = call.divergence == MSDKERN_SOFT_CE;
     if (!soft && !call.teachers)
-        if (const auto unrolled = find_unrolled<Real, Num, kExps>(call.pairs, call.exits, writes))
+        if (const auto unrolled = find_unrolled<S, Num>(call.pairs, call.exits, writes))
             return unrolled;
-    return find_student_sweep<Real, Num, kExps>(call.pairs, soft, writes != Writes::kNone);
+    return find_student_sweep<S, Num>(call.pairs, soft, writes != Writes::kNone);
 }
 
 }  // namespace MSDKERN_NAMESPACE

@@ -2,7 +2,7 @@
 // Where a row is largest: its maximum and the lowest class that has it.
 #pragma once
 
-#include "simd.h"
+#include "storage.h"
 
 namespace MSDKERN_NAMESPACE {
 

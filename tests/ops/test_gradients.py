@@ -293,6 +293,42 @@ def test_loss_scaling_of_half_precision(server, target):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=3e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"pair_weight": "mutual"}, (3, 149, 149)),
+        ({"pair_weight": "last"}, (2, 149, 149)),
+        ({"pair_weight": "deeper", "divergence": "reverse_kl"}, (3, 149, 149)),
+        ({"pair_weight": "next", "divergence": "jsd"}, (3, 149, 149)),
+        ({"pair_weight": "mutual", "label_smoothing": 0.1}, (3, 149, 149)),
+        ({}, (2, 149, 149)),
+        ({"pair_weight": "mutual"}, (3, 11, 11)),
+        ({"pair_weight": "last"}, (2, 3, 62003)),
+        ({"pair_weight": "mutual", "kind": "masked_some"}, (3, 149, 149)),
+        ({"pair_weight": "deeper", "divergence": "soft_ce", "detach_teacher": False}, (9, 33, 149)),
+    ],
+    ids=str,
+)
+def test_gradients_of_half_precision_are_rounded_once(server, options, shape, dtype):
+    """They are those of the same logits in float32, rounded to nearest even: the label's share,
+    too, with labels in every place of a vector, is subtracted before."""
+    options = {"temperature": 2.0, "reduction": "sum", **options}
+    z = make_logits(options.pop("kind", "random"), shape, dtype, 5)
+    y = torch.arange(shape[1]) * ((shape[2] - 1) // max(1, shape[1] - 1)) % shape[2]
+    y[1] = -100
+    narrow = [x.detach().clone().requires_grad_() for x in z]
+    wide = [x.float().requires_grad_() for x in z]
+    for x in (narrow, wide):
+        msdkern.multi_exit_loss(x, y, **options).loss.backward()
+    for ours, exact in zip(narrow, wide, strict=True):
+        # Which additions are fused with multiplications may differ between the two.
+        terms = exact.grad.abs() + exact.softmax(1) + (exact / options["temperature"]).softmax(1)
+        slack = terms.detach() * 2.0**-21
+        assert (ours.grad >= (exact.grad - slack).to(dtype)).all()
+        assert (ours.grad <= (exact.grad + slack).to(dtype)).all()
+
+
 def test_a_second_thread(server, logits, target):
     import threading
 

@@ -134,7 +134,7 @@ def test_every_kind_of_logits(kind, dtype):
         check_loss(make_case(PLAIN | chosen, (4, 6, 37)), SERVERS)
 
 
-# Beyond what a core keeps of a row set, the kernels recompute; half precision goes by windows.
+# Beyond what a core keeps of a row set, the kernels recompute, window by window.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "chosen",
@@ -161,6 +161,7 @@ def test_many_classes(shape, chosen, dtype):
     [
         ({"pairs": "mutual", "kind": "confident"}, (2, 17, 262144)),
         ({"pairs": "mutual", "label_smoothing": 0.1, "temperature": 2.5}, (2, 17, 262144)),
+        ({"pairs": "last", "dtype": torch.bfloat16}, (2, 17, 524288)),
         ({"pairs": "deeper", "divergence": "soft_ce"}, (3, 350, 8192)),
         ({"pairs": None, "kind": "masked_some"}, (2, 600, 8192)),
     ],
@@ -170,8 +171,8 @@ def test_more_gradients_than_a_cache_holds(chosen, shape):
     check_loss(make_case(PLAIN | chosen, shape), SERVERS)
 
 
-# Long rows without so many gradients: exponentials are taken again, by the sweeps of named weights
-# and of matrices, unrolled for up to eight exits, or by those of the careful pairs.
+# Long rows without so many gradients: exponentials are taken again before the sweeps of named
+# weights and of matrices, unrolled for up to eight exits, and before those of the careful pairs.
 @pytest.mark.parametrize(
     ("chosen", "shape"),
     [
