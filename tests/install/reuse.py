@@ -4,8 +4,9 @@
     python reuse.py COMPILER FLAGS... -o OBJECT -c SOURCE
 
 The kernels take minutes, and whoever runs the tests has just built them. An object is taken from
-there if its command is this one but for the folder of the sources, if the sources are the same, and
-if it is newer than those that it was made of; else the compiler is called.
+there if its command has the words of this one but for the folder of the sources (CMakes differ in
+their order), if the sources are the same, and if it is newer than those that it was made of; else
+the compiler is called.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ def made_before(command: list[str], root: Path = ROOT) -> Path | None:
     build = root / "build" / sys.implementation.cache_tag
     target, source = (command[command.index(flag) + 1] for flag in ("-o", "-c"))
     tree = next((p.parent for p in Path(source).parents if p.name == "csrc"), None)
-    if tree is None or not (build / target).is_file():
+    if tree is None or not (build / target).is_file() or not shutil.which("ninja"):
         return None
     theirs = ninja(build, "-t", "commands", "-s", target).replace(f"{root}/csrc/", f"{tree}/csrc/")
-    same = shlex.split(theirs) == command and sources(tree) == sources(root)
+    same = sorted(shlex.split(theirs)) == sorted(command) and sources(tree) == sources(root)
     return build / target if same and is_new(build, target) else None
 
 

@@ -14,6 +14,7 @@ from tests.install.reuse import made_before
 
 TARGET = "kernels.dir/a.cpp.o"
 BUILD = f"build/{sys.implementation.cache_tag}"
+SAME = ("-DONE", "-MD")  # flags
 RULES = """
 rule compile
   command = g++ -DONE -MD -MF $out.d -o $out -c $in
@@ -44,16 +45,18 @@ def trees(tmp_path):
 
 
 def ask(trees, *flags):
+    flags = flags or SAME
     root, tree = trees
-    command = ["g++", *(flags or ("-DONE",)), "-MD", "-MF", f"{TARGET}.d", "-o", TARGET]
+    command = ["g++", *flags, "-MF", f"{TARGET}.d", "-o", TARGET]
     return made_before([*command, "-c", f"{tree}/csrc/a.cpp"], root)
 
 
-def test_the_same_command_of_the_same_sources(trees):
-    assert ask(trees) == trees[0] / BUILD / TARGET
+@pytest.mark.parametrize("flags", [SAME, SAME[::-1]], ids=str)
+def test_the_same_command_of_the_same_sources(trees, flags):
+    assert ask(trees, *flags) == trees[0] / BUILD / TARGET
 
 
-@pytest.mark.parametrize("flags", [("-DTWO",), ("-DONE", "-O2")])
+@pytest.mark.parametrize("flags", [("-DTWO", "-MD"), (*SAME, "-O2"), SAME[:1]], ids=str)
 def test_another_command(trees, flags):
     assert ask(trees, *flags) is None
 
