@@ -322,9 +322,10 @@ def test_gradients_of_half_precision_are_rounded_once(server, options, shape, dt
     for x in (narrow, wide):
         msdkern.multi_exit_loss(x, y, **options).loss.backward()
     for ours, exact in zip(narrow, wide, strict=True):
-        # Which additions are fused with multiplications may differ between the two.
+        # Exponentials of a long row are summed in another order, so that float32 itself is off by
+        # 2^-20 of these terms; a share that is subtracted from what is rounded, by up to 2^-9.
         terms = exact.grad.abs() + exact.softmax(1) + (exact / options["temperature"]).softmax(1)
-        slack = terms.detach() * 2.0**-21
+        slack = terms.detach() * 2.0**-19
         assert (ours.grad >= (exact.grad - slack).to(dtype)).all()
         assert (ours.grad <= (exact.grad + slack).to(dtype)).all()
 
