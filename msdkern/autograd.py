@@ -10,14 +10,14 @@ whose outputs have a row each save the logits and recompute. None can be differe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from msdkern.executors import call
+from msdkern.executors import VALUES, call
 
 
 def _refuse_second_order(op: str) -> None:
@@ -33,21 +33,23 @@ def _wants_gradient(logits: list[Tensor]) -> bool:
     # tangents without a word.
     if not torch.is_grad_enabled():
         return False
-    return forward_ad._current_level >= 0 or any(z.requires_grad for z in logits)
+    if forward_ad._current_level >= 0:
+        return True
+    for z in logits:  # noqa: SIM110 (a generator costs more than it finds)
+        if z.requires_grad:
+            return True
+    return False
 
 
-def _versions(values: Iterable[Any]) -> list[tuple[Tensor, int]]:
-    """Weights, targets, teachers and temperature as they are now. `save_for_backward` would also
+def _versions(teachers: Sequence[Tensor], *others: Any) -> list[tuple[Tensor, int]]:
+    """Teachers, targets, weights and temperature as they are now. `save_for_backward` would also
     keep watch, but refuses tensors made in inference mode, as a teacher's logits may be.
     """
-    kept: list[tuple[Tensor, int]] = []
-    for v in values:
-        if isinstance(v, Tensor):
-            if not v.is_inference():
-                kept.append((v, v._version))
-        elif type(v) is list and v:
-            kept += _versions(v)
-    return kept
+    return [
+        (v, v._version)
+        for v in (*teachers, *others)
+        if type(v) not in VALUES and isinstance(v, Tensor) and not v.is_inference()
+    ]
 
 
 def _check_versions(op: str, kept: list[tuple[Tensor, int]]) -> None:
@@ -99,7 +101,7 @@ class _MultiExitLoss(torch.autograd.Function):
         )
         report += values
         ctx.rest, ctx.gradients = rest, gradients if ready else None
-        ctx.versions = _versions(rest)
+        ctx.versions = _versions(*rest)
         ctx.save_for_backward(*logits)
         return loss
 
@@ -158,7 +160,7 @@ class _RowLosses(torch.autograd.Function):
         logits, rest = inputs[:count], inputs[count:]
         outputs = call("multi_exit_row_losses", list(logits), *rest)
         ctx.wanted, ctx.rest = tuple(z.requires_grad for z in logits), rest
-        ctx.versions = [] if torch.compiler.is_compiling() else _versions(rest)
+        ctx.versions = [] if torch.compiler.is_compiling() else _versions(*rest)
         ctx.save_for_backward(*logits)
         return tuple(outputs)
 
@@ -193,7 +195,7 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs = call("multi_exit_softmax", list(logits), temperature, log, executor)
         ctx.arguments, ctx.wanted = (temperature, log, executor), ctx.needs_input_grad[3:]
-        ctx.versions = [] if torch.compiler.is_compiling() else _versions([temperature])
+        ctx.versions = [] if torch.compiler.is_compiling() else _versions((), temperature)
         ctx.save_for_backward(*outputs)
         return tuple(outputs)
 

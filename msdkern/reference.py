@@ -40,9 +40,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def sizes(logits: Sequence[Tensor]) -> tuple[int, int, int]:
     """K, N and C of K tensors [N, C], or of a list of one tensor [K, N, C]."""
-    first = logits[0]
-    exits = len(logits) if first.dim() == 2 else first.shape[0]
-    return exits, first.shape[-2], first.shape[-1]
+    shape = logits[0].shape
+    return len(logits) if len(shape) == 2 else shape[0], shape[-2], shape[-1]
 
 
 def log_softmax(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:

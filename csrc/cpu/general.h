@@ -174,8 +174,11 @@ static void general_gradients(Sweep<RealOf<S>> &s, int64_t classes) {
             if (!s.out[i]) continue;
             const V q = probability<V>(s, i, c);
             const V g = softmax_jacobian(h[i], q, splat(s.total[i]), splat(s.inverse_temperature));
-            write_gradient<S, Writes::kAny>(s, i, c, g, at_one<V>(s, s.power, i, c),
-                                            c + W <= classes ? 0 : int(classes - c));
+            const V one = at_one<V>(s, s.power, i, c);
+            if (c + W <= classes)
+                write_gradient<S, Writes::kAny>(s, i, c, g, one, Whole());
+            else
+                write_gradient<S, Writes::kAny>(s, i, c, g, one, First{int(classes - c)});
         }
     }
 }

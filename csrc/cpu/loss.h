@@ -3,28 +3,16 @@
 #pragma once
 
 #include "batch.h"
+#include "columns.h"
 #include "general.h"
 #include "group.h"
-#include "lanes.h"
+#include "in_place.h"
 #include "scratch.h"
 #include "targets.h"
+#include "ways.h"
 #include "weights.h"
 
 namespace MSDKERN_NAMESPACE {
-
-// Gradients that no cache will hold are written past them; then there is room for the logits, and
-// less for exponentials. These are kept between the sweeps up to so many bytes per sample: beyond,
-// sweeps take them again, a window at a time. With the widest vectors that takes less than reading
-// them from the second cache; else, and for two sweeps, it pays only where no cache holds them.
-constexpr int64_t kCacheBytes = 32 << 20;
-constexpr bool kWidest = kBytes == 64;
-constexpr int64_t kKeptStreaming = kWidest ? 256 << 10 : 2 << 20;
-constexpr int64_t kKeptForOne = kWidest ? 480 << 10 : 2 << 20, kKeptForTwo = 8 << 20;
-// Values are summed over at most this many classes before they are added up: fewer roundings in a
-// row.
-constexpr int64_t kBlock = 4096;
-constexpr int kFewVectors = 32;  // from here on a row is worth fetching while another is worked on
-constexpr int64_t kGroupBytes = 16 << 10;  // of exponentials kept for samples worked on together
 
 template <class S>
 struct Loss {
@@ -41,9 +29,10 @@ struct Loss {
     Rate<Real> rate;
     bool divergent, gradient, general, stored, streams;  // stored: exponentials
     Powers power;
+    Way way;
     int64_t stride, window, samples;        // samples: worked on together
     SweepFunction<Real> student, labelled;  // labelled: with mass on some classes
-    SweepFunction<Real, V> lane_student;    // null where rows are worked on one by one
+    SweepFunction<Real, V> lane_student;    // over columns
     TwoSweeps<Real> careful, two_sweeps;    // pair by pair, and what this call uses
 
     Loss(const msdkern_loss &c, Form f, const Normalizers &batch)
@@ -67,18 +56,17 @@ struct Loss {
         inverse_t = divergent ? Real(1 / c.temperature) : Real(1);
         stride = padded<Real>(classes);
         const bool swept = !(divergent && general);  // in one sweep
-        const bool by_lanes =
-            swept && !targets.dense && !c.pair_weight_per_row && Lanes<S, Loss>::fit(rows, classes);
-        streams = gradient && swept && !by_lanes && streamable();
+        way = swept && !targets.dense && !c.pair_weight_per_row ? way_of() : Way::kRows;
+        streams = gradient && swept && way == Way::kRows && streamable();
         const int64_t kept = rows * stride * int64_t(sizeof(Real)) * arrays();
         stored = kept <= (streams ? kKeptStreaming : swept ? kKeptForOne : kKeptForTwo);
         samples = most<int64_t>(1, stored ? least(kMostSamples, kGroupBytes / kept) : 1);
-        if (by_lanes) samples = 1;  // those that must go row by row
+        if (way != Way::kRows) samples = 1;  // those that must go row by row
         window = least(stride, padded<Real>(kBlock));
-        choose_sweeps(by_lanes);
+        choose_sweeps();
     }
 
-    void choose_sweeps(bool by_lanes) {
+    void choose_sweeps() {
         careful = two_sweeps = find_pair_sweeps<S>(call.divergence);
         const bool named = call.pairs == MSDKERN_PAIRS_MUTUAL || call.pairs == MSDKERN_PAIRS_DEEPER;
         if (named && !call.pair_divergence && call.divergence != MSDKERN_JSD)
@@ -88,9 +76,16 @@ struct Loss {
         const Writes writes = plain ? Writes::kPlain : gradient ? Writes::kAny : Writes::kNone;
         student = find_sweep<S, Real>(call, writes);
         labelled = find_sweep<S, Real>(call, Writes::kAny);
-        lane_student = by_lanes ? find_sweep<Real, V>(call, writes) : nullptr;
+        lane_student = way == Way::kColumns ? find_sweep<Real, V>(call, writes) : nullptr;
     }
 
+    Way way_of() const {
+        const int64_t bytes = rows * int64_t(sizeof(Real));  // per class
+        if (classes <= (gradient ? kColumnsWritten : kColumnsRead) &&
+            bytes * classes * W <= kColumnBytes)
+            return Way::kColumns;
+        return bytes * arrays() * stride <= kInPlaceBytes ? Way::kInPlace : Way::kRows;
+    }
     // Whole vectors at their places, and more of them than fit a cache.
     bool streamable() const {
         bool whole = classes % W == 0;
@@ -355,11 +350,12 @@ struct Loss {
         return false;
     }
 
+    template <template <class, class> class Layout>
     void by_lanes(int64_t first, int64_t last, void *memory, const Scratch<Real> &scratch,
                   Sweep<Real> &s, Partial *partial) const {
-        Lanes<S, Loss> lanes(*this, memory, scratch.weight);
+        Lanes<S, Loss, Layout> lanes(*this, memory, scratch.weight);
         for (int64_t n = first; n < last; n += W) {
-            unsigned left = lanes.group(n, least(last, n + W));
+            unsigned left = lanes.group(n, least(last, n + W), last);
             for (; left; left &= left - 1) {
                 const int64_t row = n + __builtin_ctz(left);
                 group(row, row + 1, scratch, s, partial);
@@ -377,26 +373,35 @@ struct Loss {
         s.streams = streams;
         s.inverse_temperature = inverse_t;
         s.weight = weight;
+        s.values = nullptr;
         s.matrix = nullptr;
         s.detach = call.detach_teacher != 0;
         s.beta = Real(call.beta);
         pair_weights(call, s, weight);
         if (call.pairs == MSDKERN_PAIRS_DENSE) dense_weights(call, s, weight, 0);
     }
+    size_t lane_bytes() const {
+        return way == Way::kColumns   ? Lanes<S, Loss, Columns>::bytes(*this)
+               : way == Way::kInPlace ? Lanes<S, Loss, InPlace>::bytes(*this)
+                                      : 0;
+    }
     void block(int64_t first, int64_t last, Partial *partial) const {
         const ScratchSizes own = sizes();
         const size_t mine = (Scratch<Real>::bytes(own) + 63) / 64 * 64;
-        void *memory = arena().take(mine + (lane_student ? Lanes<S, Loss>::bytes(*this) : 0));
+        void *memory = arena().take(mine + lane_bytes());
         if (!memory) {
             __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
             return;
         }
         const Scratch<Real> s(memory, own);
-        Sweep<Real> sweep(power, rate);
+        OwnSweep<Real> sweep(power, rate);
         prepare(sweep, s.weight);
         if (call.pair_divergence) sweep.matrix = s.matrix;
-        if (lane_student)
-            by_lanes(first, last, static_cast<char *>(memory) + mine, s, sweep, partial);
+        void *const rest = static_cast<char *>(memory) + mine;
+        if (way == Way::kColumns)
+            by_lanes<Columns>(first, last, rest, s, sweep, partial);
+        else if (way == Way::kInPlace)
+            by_lanes<InPlace>(first, last, rest, s, sweep, partial);
         else
             for (int64_t n = first; n < last; n += samples)
                 group(n, least(last, n + samples), s, sweep, partial);

@@ -4,8 +4,7 @@
 // written in part; exponentials and what else is kept are in Real and in whole vectors.
 #pragma once
 
-#include "../msdkern.h"
-#include "rows.h"
+#include "mixers.h"
 
 namespace MSDKERN_NAMESPACE {
 
@@ -36,34 +35,49 @@ struct Sweep {
     const Real *mass;              // u, the target's mass on each class, or null
     void *out[MSDKERN_MAX_EXITS];  // gradient, or null
     bool streams;                  // past the caches
-    RowConstants<Num> row[MSDKERN_MAX_ROWS];
+    RowConstants<Num> *row;        // of each row
     // Divergence of student i: share[i] times a sum over teachers whose weights sum to n[i].
     Real share[MSDKERN_MAX_EXITS], n[MSDKERN_MAX_EXITS];
     Real inverse_temperature;
     const Real *weight;  // W[exits][rows], share included
     Num value[MSDKERN_MAX_EXITS];
-    Real *matrix;  // D[exits][rows], or null
+    VecOf<Real> *values;  // or, if not null: [exits][lanes] of what it would be folded from
+    Real *matrix;         // D[exits][rows], or null
     bool detach;
     Real beta;
     Num total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
     Sweep(Powers p, Rate<Real> r) : power(p), rate(r) {}
 };
 
-// A whole vector, or only its first `partial` lanes where that is not 0.
+// A sweep with the constants of its rows.
+template <class Real, class Num = Real>
+struct OwnSweep : Sweep<Real, Num> {
+    RowConstants<Num> constants[MSDKERN_MAX_ROWS];
+    OwnSweep(Powers p, Rate<Real> r) : Sweep<Real, Num>(p, r) { this->row = constants; }
+    OwnSweep(const OwnSweep &) = delete;
+};
+
+// Vectors of classes: whole ones, or the first `lanes` lanes of the last.
+struct Whole {};
+struct First {
+    int lanes;
+};
 template <class S>
-INLINE StoredIn<S> load_some(const S *from, int partial) {
-    return partial ? load_partial(from, partial, typename Kind<S>::Real(0)) : load(from);
+INLINE StoredIn<S> load_some(const S *from, Whole) {
+    return load(from);
+}
+template <class S>
+INLINE StoredIn<S> load_some(const S *from, First part) {
+    return load_partial(from, part.lanes, typename Kind<S>::Real(0));
 }
 
 template <class S>
-INLINE void put(void *row, int64_t c, StoredIn<S> v, int partial, bool streams) {
-    S *const to = static_cast<S *>(row) + c;
-    if (partial)
-        store_partial(to, partial, v);
-    else if (streams)
-        stream(to, v);
-    else
-        store(to, v);
+INLINE void put(S *to, StoredIn<S> v, Whole, bool streams) {
+    streams ? stream(to, v) : store(to, v);
+}
+template <class S>
+INLINE void put(S *to, StoredIn<S> v, First part, bool) {
+    store_partial(to, part.lanes, v);
 }
 
 // q and x = z - m of row r at offset c, and d = l less the l of another row, the reference. The
@@ -72,9 +86,9 @@ template <class V, class Real, class Num>
 INLINE V probability(const Sweep<Real, Num> &s, int r, int64_t c) {
     return load(s.e[r] + c) * s.row[r].inverse_t;
 }
-template <class S, class Source>
-INLINE StoredIn<S> below_maximum(const Source &s, int r, int64_t c, int partial = 0) {
-    return load_some(static_cast<const S *>(s.z[r]) + c, partial) - s.row[r].maximum;
+template <class S, class Source, class Part = Whole>
+INLINE StoredIn<S> below_maximum(const Source &s, int r, int64_t c, Part part = {}) {
+    return load_some(static_cast<const S *>(s.z[r]) + c, part) - s.row[r].maximum;
 }
 template <class V, class Real, class Num, class Gap>
 INLINE V relative_log(const Sweep<Real, Num> &s, V x, V reference, Gap gap) {
@@ -110,17 +124,6 @@ static void correct_values(Sweep<Real, Num> &s, int divergence) {
         }
 }
 
-// f(0) to f(n - 1): unrolled where K, the number of exits, is known. (Unrolled all the same, loops
-// over any number of them were half of the binary, and no faster.)
-template <int K, class F>
-INLINE void each(int n, F f) {
-    if constexpr (K != 0) {
-        UNROLL for (int i = 0; i < n; ++i) f(i);
-    } else {
-        for (int i = 0; i < n; ++i) f(i);
-    }
-}
-
 // q and x of every row for NV vectors of classes, read once. With K known the compiler keeps them
 // in registers; K = 0 stands for any number.
 template <class S, int NV, int K>
@@ -129,11 +132,11 @@ struct Tile {
     typedef VecOf<Real> V;
     static const int kExits = K, kRows = K ? K : MSDKERN_MAX_ROWS;
     V q[kRows][NV], x[kRows][NV];
-    template <class Source>
-    INLINE_MEMBER void read(const Source &s, int rows, int64_t c, int partial) {
+    template <class Source, class Part>
+    INLINE_MEMBER void read(const Source &s, int rows, int64_t c, Part part) {
         each<K>(rows, [&](int r) __attribute__((always_inline)) {
             for (int v = 0; v < NV; ++v) {
-                x[r][v] = below_maximum<S>(s, r, c + v * kLanes<Real>, partial);
+                x[r][v] = below_maximum<S>(s, r, c + v * kLanes<Real>, part);
                 q[r][v] = probability<V>(s, r, c + v * kLanes<Real>);
             }
         });
@@ -153,142 +156,37 @@ struct Tile {
     }
 };
 
-// Mixers: mass = sum_j w_j q_j and moment = sum_j w_j q_j d_j over the teachers of student i, asked
-// for from the deepest exit to the shallowest, for NV vectors of classes.
-template <class Real, int NV>
-struct Mixture {
-    typedef VecOf<Real> V;
-    static const bool kOwnShare = false;
-    static const bool kAllRows = false;    // external teachers count as well
-    static const bool kRemembers = false;  // passed() is of interest
-    static const bool kChain = false;      // d is taken relative to the exit passed last
-    V mass[NV], moment[NV];
-    INLINE_MEMBER void clear() {
-        for (int v = 0; v < NV; ++v) mass[v] = moment[v] = V{};
-    }
-    template <class Source, class T>
-    INLINE_MEMBER void begin(const Source &, const T &, int) {
-        clear();
-    }
-    template <class Source, class T>
-    INLINE_MEMBER void select(const Source &, const T &, int, int) {}
-    INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, mass[v]); }
-    INLINE_MEMBER V value(int v, V gradient, V d) const {
-        return forward_kl_value(gradient, d, mass[v], moment[v]);
-    }
-    INLINE_MEMBER void passed(bool, int, V, V) {}
-};
-
-// All exits teach. The student's own share adds nothing to a divergence, so one sum serves all.
-template <class Real, int NV>
-struct Mutual : Mixture<Real, NV> {
-    typedef VecOf<Real> V;
-    static const bool kOwnShare = true;
-    // Probabilities are summed relative to the deepest exit's: their differences are exact where
-    // exits agree.
-    V deepest[NV], excess[NV];
-    INLINE_MEMBER V gradient(int v, V q, V n) const {
-        return forward_kl_gradient(q - deepest[v], n, excess[v]);
-    }
-    template <class Source, class T>
-    INLINE_MEMBER void begin(const Source &, const T &tile, int exits) {
-        const int last = exits - 1;
-        for (int v = 0; v < NV; ++v) {
-            deepest[v] = tile.q[last][v];
-            excess[v] = this->moment[v] = V{};
-        }
-        each<T::kExits>(last, [&](int k) __attribute__((always_inline)) {
-            for (int v = 0; v < NV; ++v) {
-                excess[v] += tile.q[k][v] - deepest[v];
-                this->moment[v] += tile.q[k][v] * tile.x[k][v];  // related
-            }
-        });
-        for (int v = 0; v < NV; ++v) this->mass[v] = excess[v] + Real(exits) * deepest[v];
-    }
-};
-
-// Every deeper exit teaches.
-template <class Real, int NV>
-struct Deeper : Mixture<Real, NV> {
-    typedef VecOf<Real> V;
-    static const bool kRemembers = true;
-    INLINE_MEMBER void passed(bool, int v, V q, V d) {
-        this->mass[v] += q;
-        this->moment[v] += q * d;
-    }
-};
-
-// The next deeper exit teaches. It is the reference of d, so its own moment is 0.
-template <class Real, int NV>
-struct Next : Mixture<Real, NV> {
-    typedef VecOf<Real> V;
-    static const bool kRemembers = true;
-    static const bool kChain = true;
-    INLINE_MEMBER void passed(bool, int v, V q, V) { this->mass[v] = q; }
-};
-
-// The deepest exit teaches. It is the reference of d, so its own moment is 0.
-template <class Real, int NV>
-struct Last : Mixture<Real, NV> {
-    typedef VecOf<Real> V;
-    static const bool kRemembers = true;
-    INLINE_MEMBER void passed(bool deepest, int v, V q, V) {
-        if (deepest) this->mass[v] = q;
-    }
-};
-
-// Any weights. Every student is its own reference: the deepest exit need not teach it, and may be
-// far away.
-template <class Real, int NV>
-struct Dense : Mixture<Real, NV> {
-    typedef VecOf<Real> V;
-    static const bool kAllRows = true;
-    template <class Source, class T>
-    INLINE_MEMBER void select(const Source &s, const T &tile, int rows, int i) {
-        this->clear();
-        each<T::kExits>(rows, [&](int r) __attribute__((always_inline)) {
-            const Real w = s.weight[i * rows + r];
-            if (w == 0) return;
-            const auto gap = s.row[r].gap - s.row[i].gap;
-            for (int v = 0; v < NV; ++v) {
-                const V share = tile.q[r][v] * w;
-                this->mass[v] += share;
-                this->moment[v] += share * tile.distance(s, r, i, v, gap);
-            }
-        });
-    }
-    INLINE_MEMBER V value(int v, V gradient, V) const { return this->moment[v] + gradient; }
-};
-
 // Which gradients are written: none; of all exits, to the caches, without mass on other classes
 // than the label's; or as the sweep says. What the sweep need not be asked the compiler need not
 // keep at hand.
 enum class Writes { kNone, kPlain, kAny };
 
 // (6) The gradient at offset `at`: what comes of the divergences, and the cross entropy's.
-template <class S, Writes kWrites, class Source, class V>
-INLINE void write_gradient(const Source &s, int i, int64_t at, V g, V one, int partial) {
+template <class S, Writes kWrites, class Source, class V, class Part>
+INLINE void write_gradient(const Source &s, int i, int64_t at, V g, V one, Part part) {
     const bool any = kWrites == Writes::kAny;
     g += one * s.row[i].p_scale;
     if (any && s.mass) g -= load(s.mass + at) * s.row[i].mass_scale;
-    put<S>(s.out[i], at, g, partial, any && s.streams);
+    put(static_cast<S *>(s.out[i]) + at, g, part, any && s.streams);
 }
 
 // (2), (6) NV vectors of classes at offset c: forward KL or soft cross entropy with detached
 // teachers, and the whole gradient. One sweep, O(K) but for Dense.
 template <class S, template <class, int> class Mixer, bool kSoft, Writes kWrites, int NV, int K,
-          class Real, class Num>
+          class Real, class Num, class Part>
 INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, VecOf<Real> *value,
-                         int partial = 0) {
+                         VecOf<Real> &common, Part part) {
     typedef VecOf<Real> V;
     typedef Mixer<Real, NV> M;
     const int W = kLanes<Real>, exits = K ? K : s.exits, rows = K ? K : s.rows;
     Tile<S, NV, K> tile;
-    tile.read(s, M::kAllRows ? rows : exits, c, partial);
+    tile.read(s, M::kAllRows ? rows : exits, c, part);
     const bool related = !kSoft && !M::kChain && !M::kAllRows;
     if (related) tile.relate(s, exits);
     M mixer;
     mixer.begin(s, tile, exits);
+    if (M::kCommon && !kSoft)
+        for (int v = 0; v < NV; ++v) common += mixer.moment[v];
     each<K>(exits, [&](int done) __attribute__((always_inline)) {
         const int i = exits - 1 - done;
         mixer.select(s, tile, rows, i);
@@ -300,15 +198,14 @@ INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, Vec
             const V d =
                 related ? tile.x[i][v]
                         : tile.distance(s, i, reference, v, s.row[i].gap - s.row[reference].gap);
-            const V mass = mixer.mass[v], gradient = mixer.gradient(v, q, n);
+            const V gradient = mixer.gradient(v, q, n);
             if (kSoft)
-                value[i] -= relative_log(s, tile.x[i][v], V{}, s.row[i].log_t) *
-                            (M::kOwnShare ? mass - q : mass);
+                value[i] -= relative_log(s, tile.x[i][v], V{}, s.row[i].log_t) * mixer.others(v, q);
             else
                 value[i] += mixer.value(v, gradient, d);
             if (kWrites == Writes::kPlain || (kWrites == Writes::kAny && s.out[i]))
                 write_gradient<S, kWrites>(s, i, at, gradient * s.row[i].pair_scale,
-                                           at_one<V>(s, power, i, at), partial);
+                                           at_one<V>(s, power, i, at), part);
             if (M::kRemembers) mixer.passed(i == exits - 1, v, q, d);
         }
     });
@@ -320,23 +217,29 @@ static void student_sweep(Sweep<RealOf<S>, Num> &s, int64_t classes) {
     typedef VecOf<Real> V;
     // One vector of each exit at a time where there are registers for all; of two exits as many.
     const int W = kLanes<Real>, NV = K > 2 ? 1 : kTile;
-    V value[K ? K : MSDKERN_MAX_EXITS];
+    V value[K ? K : MSDKERN_MAX_EXITS], common = V{};
     const int exits = K ? K : s.exits;
     for (int i = 0; i < exits; ++i) value[i] = V{};
     const auto tiles = [&](auto power) __attribute__((always_inline)) {
         int64_t c = 0;
         for (; c + NV * W <= classes; c += NV * W)
-            student_tile<S, Mixer, kSoft, kWrites, NV, K>(s, power, c, value);
+            student_tile<S, Mixer, kSoft, kWrites, NV, K>(s, power, c, value, common, Whole());
         for (; c + W <= classes; c += W)
-            student_tile<S, Mixer, kSoft, kWrites, 1, K>(s, power, c, value);
+            student_tile<S, Mixer, kSoft, kWrites, 1, K>(s, power, c, value, common, Whole());
         if (c < classes)
-            student_tile<S, Mixer, kSoft, kWrites, 1, K>(s, power, c, value, int(classes - c));
+            student_tile<S, Mixer, kSoft, kWrites, 1, K>(s, power, c, value, common,
+                                                         First{int(classes - c)});
     };
     if constexpr (kWrites == Writes::kPlain)
         with_power(s.power, tiles);
     else
         tiles(s.power);
-    for (int i = 0; i < exits; ++i) s.value[i] += s.share[i] * per_sample(value[i], Num());
+    if (Mixer<Real, NV>::kCommon)
+        for (int i = 0; i < exits; ++i) value[i] += common;
+    if (s.values)
+        for (int i = 0; i < exits; ++i) s.values[i * W] = value[i];
+    else
+        for (int i = 0; i < exits; ++i) s.value[i] += s.share[i] * per_sample(value[i], Num());
 }
 
 template <class Real, class Num = Real>
@@ -391,14 +294,14 @@ static void cross_entropy_sweep(Sweep<RealOf<S>, Num> &s, int64_t classes) {
     typedef VecOf<RealOf<S>> V;
     const int W = kLanes<RealOf<S>>;
     with_power(s.power, [&](auto power) __attribute__((always_inline)) {
-        const auto vector = [&](int i, int64_t c, int partial) __attribute__((always_inline)) {
-            write_gradient<S, kWrites>(s, i, c, V{}, at_one<V>(s, power, i, c), partial);
+        const auto vector = [&](int i, int64_t c, auto part) __attribute__((always_inline)) {
+            write_gradient<S, kWrites>(s, i, c, V{}, at_one<V>(s, power, i, c), part);
         };
         for (int i = 0; i < s.exits; ++i) {
             if (!s.out[i]) continue;
             int64_t c = 0;
-            for (; c + W <= classes; c += W) vector(i, c, 0);
-            if (c < classes) vector(i, c, int(classes - c));
+            for (; c + W <= classes; c += W) vector(i, c, Whole());
+            if (c < classes) vector(i, c, First{int(classes - c)});
         }
     });
 }

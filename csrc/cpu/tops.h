@@ -141,30 +141,44 @@ INLINE Top<typename Kind<S>::Real> row_top(const S *row, int64_t classes) {
     return {m, hits ? first + __builtin_ctzll(hits) : 0};
 }
 
-// The same of W rows of few classes at once, without branches: row_of(i) is the i-th of n.
-template <class S, class Real, class RowOf>
-INLINE void short_row_tops(int n, int64_t classes, RowOf row_of, Real *maxima, int64_t *argmax) {
+// The same of W rows of few classes at once, without branches: a row at a time is added, and what
+// its lanes hold is folded for all of them together.
+template <class S>
+struct ShortRowTops {
+    typedef RealOf<S> Real;
     typedef VecOf<Real> V;
-    const int W = kLanes<Real>;
-    const Real lowest = Real(-__builtin_inf());
-    V best[W], place[W], folded[W];
-    for (int i = 0; i < n; ++i) {
+    static const int W = kLanes<Real>;
+    V best[W], place[W];
+    INLINE_MEMBER void add(int i, const S *row, int64_t classes) {
+        const Real lowest = Real(-__builtin_inf());
         V m = splat(lowest), at = V{}, here = lane_numbers<Real>();
-        for_vectors(row_of(i), classes, lowest, [&](int64_t, V z) __attribute__((always_inline)) {
+        for_vectors(row, classes, lowest, [&](int64_t, V z) __attribute__((always_inline)) {
             at = z > m ? here : at;
             m = maximum(z, m);
             here += Real(W);
         });
-        best[i] = folded[i] = m;
+        best[i] = m;
         place[i] = at;
     }
-    fold_rows(folded, n, Largest(), maxima);
-    const V nowhere = splat(Real(classes));
-    for (int i = 0; i < n; ++i) place[i] = best[i] == maxima[i] ? place[i] : nowhere;
-    Real classes_of[W];
-    fold_rows(place, n, Smallest(), classes_of);
-    for (int i = 0; i < n; ++i)
-        argmax[i] = classes_of[i] < Real(classes) ? int64_t(classes_of[i]) : 0;
+    // Of the first n rows.
+    INLINE_MEMBER void finish(int n, int64_t classes, Real *maxima, int64_t *argmax) {
+        V folded[W];
+        for (int i = 0; i < n; ++i) folded[i] = best[i];
+        fold_rows(folded, n, Largest(), maxima);
+        const V nowhere = splat(Real(classes));
+        for (int i = 0; i < n; ++i) place[i] = best[i] == maxima[i] ? place[i] : nowhere;
+        Real classes_of[W];
+        fold_rows(place, n, Smallest(), classes_of);
+        for (int i = 0; i < n; ++i)
+            argmax[i] = classes_of[i] < Real(classes) ? int64_t(classes_of[i]) : 0;
+    }
+};
+// row_of(i) is the i-th of n.
+template <class S, class Real, class RowOf>
+INLINE void short_row_tops(int n, int64_t classes, RowOf row_of, Real *maxima, int64_t *argmax) {
+    ShortRowTops<S> tops;
+    for (int i = 0; i < n; ++i) tops.add(i, row_of(i), classes);
+    tops.finish(n, classes, maxima, argmax);
 }
 
 }  // namespace MSDKERN_NAMESPACE

@@ -110,7 +110,8 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
 
 # What an argument of an op may be for its executor to be called at once, without the dispatcher.
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-_PLAIN = _PLAIN_TENSORS | {list, tuple, str, bool, int, float, type(None)}
+VALUES = frozenset((str, bool, int, float, type(None)))
+_PLAIN = _PLAIN_TENSORS | VALUES | {list, tuple}
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:

@@ -42,14 +42,16 @@ class LossArguments(NamedTuple):
     @property
     def label(self) -> Tensor | None:
         """The target, where it is class indices."""
-        indices = self.target is not None and self.target.dtype == torch.int64
-        return self.target.contiguous() if self.target is not None and indices else None
+        target = self.target
+        if target is None or target.dtype != torch.int64:
+            return None
+        return target.contiguous()
 
     @property
     def probabilities(self) -> Tensor | None:
         """The target, where it is class probabilities."""
-        soft = self.target is not None and self.target.is_floating_point()
-        return self.target if soft else None
+        target = self.target
+        return target if target is not None and target.is_floating_point() else None
 
     @property
     def by_row(self) -> tuple[bool, bool]:
