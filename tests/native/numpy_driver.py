@@ -355,7 +355,7 @@ LOSSES = [
 ]
 SIZES = [
     (2, 3, 1), (1, 2, 2), (3, 19, 5), (2, 3, 8), (4, 2, 17), (2, 1, 31), (3, 0, 4), (2, 3, 67),
-    (2, 35, 9),
+    (2, 35, 9), (3, 21, 45),
 ]  # fmt: skip
 
 
@@ -376,6 +376,11 @@ def losses():
         yield Call(dtype, 1, 0, 1, 122893, "none", "forward_kl")
         yield Call(dtype, 2, 1, 2, 11003, "dense", "jsd", detach=False, matrix=True)
         yield Call(dtype, 32, 32, 1, 3, "dense", "forward_kl")
+    for dtype in DTYPES:  # short rows that stay where they are, with and without gradients
+        yield Call(dtype, 3, 0, 37, 131, "mutual", "forward_kl", t=2.5)
+        yield Call(dtype, 5, 0, 21, 133, "last", "soft_ce", t=3.0, masked=True, exit_weight=2)
+        yield Call(dtype, 2, 2, 19, 135, "dense", "forward_kl", target=None)
+        yield Call(dtype, 2, 0, 17, 137, "none", "forward_kl", class_weight=True)
     # Two sweeps, before each of which a window of exponentials is refilled.
     yield Call("float64", 5, 0, 1, 106003, "mutual", "reverse_kl", t=2.5)
 

@@ -205,7 +205,8 @@ def test_long_rows(chosen, shape):
     check_rows(make_case(PLAIN | chosen, shape), SERVERS)
 
 
-# With few classes the lanes of a vector are samples: full vectors, remainders, several blocks.
+# Of short rows as many samples at once as a vector has lanes, as columns or in place: full groups,
+# remainders, several blocks.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "chosen",
@@ -219,7 +220,7 @@ def test_long_rows(chosen, shape):
     ],
     ids=lambda chosen: "-".join(str(v) for v in chosen.values()),
 )
-@pytest.mark.parametrize("shape", [(3, 37, 10), (2, 611, 17), (5, 33, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 37, 10), (2, 611, 17), (5, 33, 64), (4, 49, 131)], ids=str)
 def test_many_rows(shape, chosen, dtype):
     check_loss(make_case(PLAIN | chosen | {"dtype": dtype}, shape), SERVERS)
     check_rows(make_case(PLAIN | chosen | {"dtype": dtype}, shape), SERVERS)
