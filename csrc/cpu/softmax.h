@@ -7,113 +7,185 @@
 
 namespace MSDKERN_NAMESPACE {
 
-// y(c) from x(c), where x are `inputs` rows of storage type S, over one row.
-template <int kInputs, class S, class F>
-INLINE void map_row(const S *const (&inputs)[kInputs], S *output, int64_t classes, F f) {
-    typedef typename Kind<S>::Real Real;
-    typedef VecOf<Real> V;
-    const int W = kLanes<Real>;
-    V x[kInputs];
-    int64_t c = 0;
-    for (; c + W <= classes; c += W) {
-        for (int i = 0; i < kInputs; ++i) x[i] = load(inputs[i] + c);
-        store(output + c, f(x));
-    }
-    if (c == classes) return;
-    const int n = int(classes - c);
-    for (int i = 0; i < kInputs; ++i) x[i] = load_partial(inputs[i] + c, n, Real(0));
-    store_partial(output + c, n, f(x));
-}
-
+// Rows of a block, a few at a time where they are short: what is to be folded is folded for all of
+// them together, and no row waits for the one before it.
 template <class S>
-static void softmax_row(const S *row, S *output, int64_t classes, double temperature, bool log) {
+class Softmax {
     typedef typename Kind<S>::Real Real;
     typedef VecOf<Real> V;
-    const Rate<Real> rate(temperature);
-    const Real inverse_t = Real(1 / temperature);
-    const Real m = row_maximum(row, classes);
-    V sums = V{};
-    for_vectors(row, classes, Real(-__builtin_inf()),
-                [&](int64_t, V z)
-                    __attribute__((always_inline)) { sums += exponential(z - m, rate); });
-    const Real total = sum<Real>(sums);
-    const S *const inputs[1] = {row};
-    if (log) {
-        Real log_total = total;
-        logarithms(&log_total, 1);
-        map_row(inputs, output, classes, [&](const V *x) __attribute__((always_inline)) {
-            return (x[0] - m) * inverse_t - log_total;
-        });
-    } else {
-        const Real inverse = 1 / total;
-        map_row(inputs, output, classes, [&](const V *x) __attribute__((always_inline)) {
-            return exponential(x[0] - m, rate) * inverse;
-        });
-    }
-}
+    static const int W = kLanes<Real>;
+    static const int64_t kGroupBytes = 16 << 10, kKeptBytes = 32 << 10;  // of exponentials
 
-// softmax: p (g - sum_c g p) / T. log_softmax: (g - p sum_c g) / T.
-template <class S>
-static void softmax_backward_row(const S *y, const S *g, S *output, int64_t classes,
-                                 typename Kind<S>::Real inverse_t, bool log) {
-    typedef typename Kind<S>::Real Real;
-    typedef VecOf<Real> V;
-    V sums = V{};
-    const int W = kLanes<Real>;
-    for (int64_t c = 0; c < classes; c += W) {
-        const int n = int(least<int64_t>(W, classes - c));
-        const V g_c = n == W ? load(g + c) : load_partial(g + c, n, Real(0));
-        const V y_c = n == W ? load(y + c) : load_partial(y + c, n, Real(0));
-        sums += log ? g_c : g_c * y_c;
+    const msdkern_softmax &call;
+    const Rate<Real> rate;
+    const Real inverse_t;
+    const int64_t classes, stride;
+
+    struct Rows {
+        int count;
+        const S *in[W], *upstream[W];
+        S *out[W];
+    };
+    Rows rows(int64_t first, int count) const {
+        Rows r = {};
+        r.count = count;
+        for (int i = 0; i < count; ++i) {
+            const int64_t k = (first + i) / call.rows, n = (first + i) % call.rows;
+            r.in[i] = static_cast<const S *>(call.input[k]) + n * call.stride[k];
+            r.out[i] = static_cast<S *>(call.output[k]) + n * classes;
+            if (call.upstream[k])
+                r.upstream[i] =
+                    static_cast<const S *>(call.upstream[k]) + n * call.upstream_stride[k];
+        }
+        return r;
     }
-    const Real total = sum<Real>(sums);
-    const S *const inputs[2] = {y, g};
-    if (log)
-        map_row(inputs, output, classes, [&](const V *x) __attribute__((always_inline)) {
-            return (x[1] - exponential(x[0]) * total) * inverse_t;
-        });
-    else
-        map_row(inputs, output, classes, [&](const V *x) __attribute__((always_inline)) {
-            return x[0] * (x[1] - total) * inverse_t;
-        });
-}
+    int64_t row_bytes() const { return stride * int64_t(sizeof(Real)); }
+    bool kept() const { return !call.log && row_bytes() <= kKeptBytes; }
+
+ public:
+    explicit Softmax(const msdkern_softmax &c)
+        : call(c),
+          rate(c.temperature),
+          inverse_t(Real(1 / c.temperature)),
+          classes(c.classes),
+          stride(padded<Real>(c.classes)) {}
+
+    // False where there is no memory to work in.
+    bool block(int64_t first, int64_t last, bool backward) const {
+        const int64_t group = most<int64_t>(1, least<int64_t>(W, kGroupBytes / row_bytes()));
+        Real *const scratch = backward || !kept()
+                                  ? nullptr
+                                  : static_cast<Real *>(arena().take(size_t(group * row_bytes())));
+        if (!scratch && !backward && kept()) return false;
+        for (int64_t i = first; i < last; i += group) {
+            const Rows r = rows(i, int(least(group, last - i)));
+            if (backward)
+                call.log ? gradients<true>(r) : gradients<false>(r);
+            else
+                call.log ? logarithms_of(r) : probabilities(r, scratch);
+        }
+        return true;
+    }
+
+ private:
+    // z - m of every row and the sum of its exponentials, which are kept where there is scratch
+    // memory.
+    void sums(const Rows &r, Real *maxima, Real *totals, Real *scratch) const {
+        V folds[W];
+        for (int i = 0; i < r.count; ++i) folds[i] = lane_maxima(r.in[i], classes);
+        fold_rows(folds, r.count, Largest(), maxima);
+        for (int i = 0; i < r.count; ++i) {
+            Real *const e = scratch + i * stride;
+            folds[i] = scratch
+                           ? exponentials<Powers::kOne, true>(r.in[i], classes, maxima[i], rate,
+                                                              RowStore<Real>{e, e})
+                                 .at_t
+                           : exponentials<Powers::kOne, false>(r.in[i], classes, maxima[i], rate,
+                                                               RowStore<Real>{nullptr, nullptr})
+                                 .at_t;
+        }
+        fold_rows(folds, r.count, Add(), totals);
+    }
+    void probabilities(const Rows &r, Real *scratch) const {
+        Real maxima[W], totals[W];
+        sums(r, maxima, totals, scratch);
+        for (int i = 0; i < r.count; ++i) {
+            const Real inverse = 1 / totals[i], m = maxima[i];
+            if (scratch) {
+                const Real *const e = scratch + i * stride;
+                write_row(r.out[i], [&](int64_t c, auto) __attribute__((always_inline)) {
+                    return load(e + c) * inverse;
+                });
+            } else {
+                write_row(r.out[i], [&](int64_t c, auto part) __attribute__((always_inline)) {
+                    return exponential(load_some(r.in[i] + c, part) - m, rate) * inverse;
+                });
+            }
+        }
+    }
+    void logarithms_of(const Rows &r) const {
+        Real maxima[W], totals[W];
+        sums(r, maxima, totals, nullptr);
+        logarithms(totals, r.count);
+        for (int i = 0; i < r.count; ++i) {
+            const Real m = maxima[i], log_total = totals[i];
+            write_row(r.out[i], [&](int64_t c, auto part) __attribute__((always_inline)) {
+                return (load_some(r.in[i] + c, part) - m) * inverse_t - log_total;
+            });
+        }
+    }
+    // softmax: p (g - sum_c g p) / T. log_softmax: (g - p sum_c g) / T.
+    template <bool kLog>
+    void gradients(const Rows &r) const {
+        for (int i = 0; i < r.count; ++i) {
+            const S *const y = r.in[i], *const g = r.upstream[i];
+            const Real total = sum<Real>(products<kLog>(y, g));
+            write_row(r.out[i], [&](int64_t c, auto part) __attribute__((always_inline)) {
+                const V upstream = load_some(g + c, part), output = load_some(y + c, part);
+                return (kLog ? upstream - exponential(output) * total
+                             : output * (upstream - total)) *
+                       inverse_t;
+            });
+        }
+    }
+    // What the upstream gradients are less by, lane by lane: two sums, so that additions do not
+    // wait for each other.
+    template <bool kLog>
+    INLINE_MEMBER V products(const S *y, const S *g) const {
+        V sum0 = V{}, sum1 = V{};
+        const auto term = [&](int64_t c, auto part) __attribute__((always_inline)) {
+            const V upstream = load_some(g + c, part);
+            return kLog ? upstream : upstream * load_some(y + c, part);
+        };
+        int64_t c = 0;
+        for (; c + 2 * W <= classes; c += 2 * W) {
+            sum0 += term(c, Whole());
+            sum1 += term(c + W, Whole());
+        }
+        if (c + W <= classes) {
+            sum0 += term(c, Whole());
+            c += W;
+        }
+        if (c < classes) sum1 += term(c, First{int(classes - c)});
+        return sum0 + sum1;
+    }
+    template <class F>
+    INLINE_MEMBER void write_row(S *to, F f) const {
+        int64_t c = 0;
+        for (; c + W <= classes; c += W) store(to + c, f(c, Whole()));
+        const int rest = int(classes - c);
+        if (rest) store_partial(to + c, rest, f(c, First{rest}));
+    }
+};
 
 template <class S>
 static int run_softmax(const msdkern_softmax &call, bool backward) {
-    typedef typename Kind<S>::Real Real;
     const Blocks blocks(call.rows * call.exits, call.classes);
-    const Real inverse_t = Real(1 / call.temperature);
+    const Softmax<S> softmax(call);
+    int failed = 0;
     parallel_for(blocks.count, call.place.threads, [&](int64_t b) {
-        for (int64_t i = blocks.first(b); i < blocks.last(b); ++i) {
-            const int k = int(i / call.rows);
-            const int64_t n = i % call.rows;
-            const S *input = static_cast<const S *>(call.input[k]) + n * call.stride[k];
-            S *output = static_cast<S *>(call.output[k]) + n * call.classes;
-            if (!backward) {
-                softmax_row(input, output, call.classes, call.temperature, call.log != 0);
-                continue;
-            }
-            const S *g = static_cast<const S *>(call.upstream[k]) + n * call.upstream_stride[k];
-            softmax_backward_row(input, g, output, call.classes, inverse_t, call.log != 0);
-        }
+        if (!softmax.block(blocks.first(b), blocks.last(b), backward))
+            __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
     });
-    return MSDKERN_OK;
+    return failed ? MSDKERN_NO_MEMORY : MSDKERN_OK;
 }
 
 template <class S>
 static int run_scale(const msdkern_scale &call) {
     typedef typename Kind<S>::Real Real;
-    typedef VecOf<Real> V;
+    const int W = kLanes<Real>;
     if (call.factor == 1) return MSDKERN_OK;
     const Real factor = Real(call.factor);
     for (int t = 0; t < call.tensors; ++t) {
         S *data = static_cast<S *>(call.data[t]);
         const int64_t step = 16384;
         parallel_for((call.size[t] + step - 1) / step, call.place.threads, [&](int64_t b) {
-            S *part = data + b * step;
-            const S *const inputs[1] = {part};
-            map_row(inputs, part, least(step, call.size[t] - b * step),
-                    [&](const V *x) __attribute__((always_inline)) { return x[0] * factor; });
+            S *const part = data + b * step;
+            const int64_t count = least(step, call.size[t] - b * step);
+            int64_t i = 0;
+            for (; i + W <= count; i += W) store(part + i, load(part + i) * factor);
+            const int rest = int(count - i);
+            if (rest) store_partial(part + i, rest, load_partial(part + i, rest, Real(0)) * factor);
         });
     }
     return MSDKERN_OK;

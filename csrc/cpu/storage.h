@@ -190,4 +190,18 @@ INLINE void store_partial(double *p, int n, VecD v) {
 }
 #endif
 
+// Vectors of classes: whole ones, or the first `lanes` lanes of the last.
+struct Whole {};
+struct First {
+    int lanes;
+};
+template <class S>
+INLINE StoredIn<S> load_some(const S *from, Whole) {
+    return load(from);
+}
+template <class S>
+INLINE StoredIn<S> load_some(const S *from, First part) {
+    return load_partial(from, part.lanes, typename Kind<S>::Real(0));
+}
+
 }  // namespace MSDKERN_NAMESPACE

@@ -57,20 +57,6 @@ struct OwnSweep : Sweep<Real, Num> {
     OwnSweep(const OwnSweep &) = delete;
 };
 
-// Vectors of classes: whole ones, or the first `lanes` lanes of the last.
-struct Whole {};
-struct First {
-    int lanes;
-};
-template <class S>
-INLINE StoredIn<S> load_some(const S *from, Whole) {
-    return load(from);
-}
-template <class S>
-INLINE StoredIn<S> load_some(const S *from, First part) {
-    return load_partial(from, part.lanes, typename Kind<S>::Real(0));
-}
-
 template <class S>
 INLINE void put(S *to, StoredIn<S> v, Whole, bool streams) {
     streams ? stream(to, v) : store(to, v);

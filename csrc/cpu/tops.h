@@ -35,9 +35,10 @@ INLINE void for_vectors(const S *row, int64_t classes, typename Kind<S>::Real fi
     if (c < classes) f(c, load_partial(row + c, int(classes - c), fill));
 }
 
-// The largest logit of a row; NaN is passed over.
-template <class S, class Real = typename Kind<S>::Real>
-INLINE Real row_maximum(const S *row, int64_t classes) {
+// The largest logit of a row, lane by lane; NaN is passed over.
+template <class S>
+INLINE StoredIn<S> lane_maxima(const S *row, int64_t classes) {
+    typedef RealOf<S> Real;
     typedef VecOf<Real> V;
     const int W = kLanes<Real>;
     const V lowest = splat(Real(-__builtin_inf()));
@@ -51,7 +52,12 @@ INLINE Real row_maximum(const S *row, int64_t classes) {
     }
     for_vectors(row + c, classes - c, Real(-__builtin_inf()),
                 [&](int64_t, V z) __attribute__((always_inline)) { m0 = maximum(z, m0); });
-    return largest<Real>(maximum(maximum(m0, m1), maximum(m2, m3)));
+    return maximum(maximum(m0, m1), maximum(m2, m3));
+}
+
+template <class S>
+INLINE RealOf<S> row_maximum(const S *row, int64_t classes) {
+    return largest<RealOf<S>>(lane_maxima(row, classes));
 }
 
 // The first class for which test(z) holds, or `classes`.
