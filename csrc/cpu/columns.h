@@ -76,7 +76,7 @@ class Columns {
             from[lane] = loss.row_of(r, first + least(lane, count - 1));
         // What is read after the next row: of the next group's samples after the last.
         const int next = (r + 2) % loss.rows;
-        const int64_t n = first + (r + 2) / loss.rows * W, step = call.stride[next];
+        const int64_t n = first + (r + 2) / loss.rows * count, step = call.stride[next];
         const S *const ahead = n + W <= call.rows ? loss.row_of(next, n) : nullptr;
         V v[W];
         Tops tops;

@@ -16,8 +16,8 @@ class InPlace {
     static const int kConstants = int(sizeof(RowConstants<Real>) / sizeof(Real));
 
     // [lanes][rows][arrays][stride] exponentials, so that the rows of a sample, which are swept
-    // together, follow one another; a vector per lane that is to be folded, three per exit at most;
-    // and the constants of each sample's rows.
+    // together, follow one another; what is to be folded, a vector per lane: two of the row at
+    // hand, and [exits] values; and the constants of each sample's rows.
     const L &loss;
     const msdkern_loss &call;
     Real *const kept;
@@ -76,7 +76,7 @@ class InPlace {
                     folds[n] = sums.at_t;
                     folds[W + n] = sums.at_one;
                     if (n < fetched) tops.add(n, loss.row_of(next, from + n), loss.classes);
-                    fetch(r + 2, first + n);
+                    fetch(r + 2, first + n, count);
                 }
             });
             pending = from;
@@ -108,10 +108,10 @@ class InPlace {
     }
 
  private:
-    // Asks for a row, exits of one sample after another, those of the next group after the last.
-    INLINE_MEMBER void fetch(int r, int64_t n) const {
+    // Asks for row r of sample n; beyond the last row, for the first ones of the next group.
+    INLINE_MEMBER void fetch(int r, int64_t n, int count) const {
         const int64_t line = 64 / int64_t(sizeof(S));
-        n += r / loss.rows * W;
+        n += r / loss.rows * count;
         if (n >= call.rows) return;
         const S *const row = loss.row_of(r % loss.rows, n);
         for (int64_t c = 0; c < loss.classes; c += line) __builtin_prefetch(row + c);
@@ -161,6 +161,7 @@ class InPlace {
         aim(lane, n, begin);
         loss.labelled(s, least<int64_t>(W, loss.classes - begin));
         s.mass = nullptr;
+        s.values = nullptr;
     }
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of few classes: as many samples at once as a vector has lanes. What belongs to a row
+// Short rows: as many samples at once as a vector has lanes. What belongs to a row
 // (logarithms, scales, sums over the batch) is worked out for all samples together, one per lane;
 // how their classes are is the layout's: columns.h or in_place.h. Forward KL and soft cross entropy
 // with detached teachers, and cross entropy alone; everything else goes row by row.

@@ -24,7 +24,7 @@ INLINE void each(int n, F f) {
 template <class Real, int NV>
 struct Mixture {
     typedef VecOf<Real> V;
-    static const bool kCommon = false;     // all students have the same moment
+    static const bool kCommon = false;     // part of the value is common to all students
     static const bool kAllRows = false;    // external teachers count as well
     static const bool kRemembers = false;  // passed() is of interest
     static const bool kChain = false;      // d is taken relative to the exit passed last
@@ -38,8 +38,10 @@ struct Mixture {
     }
     template <class Source, class T>
     INLINE_MEMBER void select(const Source &, const T &, int, int) {}
-    // n q - mass, of the q in the tile; and the mass less the student's own share.
+    // n q - mass, of the q in the tile; the value's part that is common to all students, and its
+    // other one; the mass less the student's own share.
     INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, mass[v]); }
+    INLINE_MEMBER V common(int) const { return V{}; }
     INLINE_MEMBER V others(int v, V) const { return mass[v]; }
     INLINE_MEMBER V value(int v, V gradient, V d) const {
         return forward_kl_value(gradient, d, mass[v], moment[v]);
@@ -48,18 +50,22 @@ struct Mixture {
 };
 
 // All exits teach. The student's own share adds nothing to a divergence, so one sum serves all.
+// Probabilities are taken and summed relative to the deepest exit's: their differences are exact
+// where exits agree. With q so and excess = sum_j q_j the value of student i is
+//     (moment - excess) + (n q_i - d_i mass)
+// The first part is what the deepest exit learns, the second 0 for it; both are of second order
+// class by class where exits agree, so that sums over classes lose nothing.
 template <class Real, int NV>
 struct Mutual : Mixture<Real, NV> {
     typedef VecOf<Real> V;
     static const bool kCommon = true;
-    // Probabilities are taken and summed relative to the deepest exit's: their differences are
-    // exact where exits agree.
     V deepest[NV], excess[NV];
+    INLINE_MEMBER V common(int v) const { return this->moment[v] - excess[v]; }
     INLINE_MEMBER V gradient(int v, V q, V n) const { return forward_kl_gradient(q, n, excess[v]); }
-    INLINE_MEMBER V others(int v, V q) const { return this->mass[v] - (q + deepest[v]); }
     INLINE_MEMBER V value(int v, V gradient, V d) const {
-        return forward_kl_value(gradient, d, this->mass[v], V{});
+        return (gradient + excess[v]) - d * this->mass[v];
     }
+    INLINE_MEMBER V others(int v, V q) const { return this->mass[v] - (q + deepest[v]); }
     template <class Source, class T>
     INLINE_MEMBER void begin(const Source &, T &tile, int exits) {
         const int last = exits - 1;

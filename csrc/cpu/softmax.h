@@ -68,23 +68,20 @@ class Softmax {
     }
 
  private:
-    // z - m of every row and the sum of its exponentials, which are kept where there is scratch
-    // memory.
+    // The maximum of every row and the sum of its exponentials, which are kept where there is
+    // scratch memory.
     void sums(const Rows &r, Real *maxima, Real *totals, Real *scratch) const {
         V folds[W];
         for (int i = 0; i < r.count; ++i) folds[i] = lane_maxima(r.in[i], classes);
         fold_rows(folds, r.count, Largest(), maxima);
-        for (int i = 0; i < r.count; ++i) {
-            Real *const e = scratch + i * stride;
-            folds[i] = scratch
-                           ? exponentials<Powers::kOne, true>(r.in[i], classes, maxima[i], rate,
-                                                              RowStore<Real>{e, e})
-                                 .at_t
-                           : exponentials<Powers::kOne, false>(r.in[i], classes, maxima[i], rate,
-                                                               RowStore<Real>{nullptr, nullptr})
-                                 .at_t;
-        }
+        for (int i = 0; i < r.count; ++i)
+            folds[i] = scratch ? row_sums<true>(r.in[i], maxima[i], scratch + i * stride)
+                               : row_sums<false>(r.in[i], maxima[i], nullptr);
         fold_rows(folds, r.count, Add(), totals);
+    }
+    template <bool kStore>
+    INLINE_MEMBER V row_sums(const S *row, Real m, Real *e) const {
+        return exponentials<Powers::kOne, kStore>(row, classes, m, rate, RowStore<Real>{e, e}).at_t;
     }
     void probabilities(const Rows &r, Real *scratch) const {
         Real maxima[W], totals[W];

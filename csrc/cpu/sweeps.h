@@ -41,8 +41,10 @@ struct Sweep {
     Real inverse_temperature;
     const Real *weight;  // W[exits][rows], share included
     Num value[MSDKERN_MAX_EXITS];
-    VecOf<Real> *values;  // or, if not null: [exits][lanes] of what it would be folded from
-    Real *matrix;         // D[exits][rows], or null
+    // Or, where not null: [exits][lanes] of what one sweep finds, before it is folded and times
+    // share.
+    VecOf<Real> *values;
+    Real *matrix;  // D[exits][rows], or null
     bool detach;
     Real beta;
     Num total[MSDKERN_MAX_EXITS];  // sum_c dL/dl of the general sweep
@@ -172,7 +174,7 @@ INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, Vec
     M mixer;
     mixer.begin(s, tile, exits);
     if (M::kCommon && !kSoft)
-        for (int v = 0; v < NV; ++v) common += mixer.moment[v];
+        for (int v = 0; v < NV; ++v) common += mixer.common(v);
     each<K>(exits, [&](int done) __attribute__((always_inline)) {
         const int i = exits - 1 - done;
         mixer.select(s, tile, rows, i);
@@ -187,7 +189,7 @@ INLINE void student_tile(const Sweep<Real, Num> &s, Powers power, int64_t c, Vec
             const V gradient = mixer.gradient(v, q, n);
             if (kSoft)
                 value[i] -= relative_log(s, tile.x[i][v], V{}, s.row[i].log_t) * mixer.others(v, q);
-            else
+            else if (!M::kCommon || done != 0)  // the deepest exit has the common part alone
                 value[i] += mixer.value(v, gradient, d);
             if (kWrites == Writes::kPlain || (kWrites == Writes::kAny && s.out[i]))
                 write_gradient<S, kWrites>(s, i, at, gradient * s.row[i].pair_scale,

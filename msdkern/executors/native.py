@@ -159,8 +159,8 @@ class Machine(Gates):
         given = LossArguments(*row_arguments)
         exits, rows, _ = reference.sizes(logits)
         dtype, device = reference.accumulation_dtype(logits[0].dtype), self.device(logits[0])
-        # For small batches the allocations are a third of the call. A tuple of sizes takes PyTorch
-        # longest to read, integers less, and a tensor to do as least.
+        # For small batches the allocations are a third of the call. PyTorch takes longest to read a
+        # tuple of sizes, less for integers, and least for a tensor to be like.
         per_exit = torch.empty(exits, dtype=dtype, device=device)
         per_row = torch.empty(exits, rows, dtype=dtype, device=device)
         matrix = (exits, exits + len(given.teacher_logits)) if pair_divergence else (0,)

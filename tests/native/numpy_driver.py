@@ -377,7 +377,7 @@ def losses():
         yield Call(dtype, 2, 1, 2, 11003, "dense", "jsd", detach=False, matrix=True)
         yield Call(dtype, 32, 32, 1, 3, "dense", "forward_kl")
     for dtype in DTYPES:  # short rows that stay where they are, with and without gradients
-        yield Call(dtype, 3, 0, 37, 131, "mutual", "forward_kl", t=2.5)
+        yield Call(dtype, 3, 0, 37, 131, "mutual", "forward_kl", t=2.5, masked=True)
         yield Call(dtype, 5, 0, 21, 133, "last", "soft_ce", t=3.0, masked=True, exit_weight=2)
         yield Call(dtype, 2, 2, 19, 135, "dense", "forward_kl", target=None)
         yield Call(dtype, 2, 0, 17, 137, "none", "forward_kl", class_weight=True)

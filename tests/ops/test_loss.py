@@ -3,6 +3,7 @@
 float64, for every option, kind of logits, layout and dtype."""
 
 import itertools
+import math
 
 import hypothesis
 import pytest
@@ -253,3 +254,18 @@ def test_near_identical_exits_keep_their_digits(pairs, classes, closer, server):
     errors = [((x - truth)[seen] / truth[seen]).square().mean().sqrt() for x in (ours, peer)]
     assert 2e-6 < truth[seen].mean() < 2e-5
     assert errors[0] * closer <= errors[1], errors
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("classes", [24, 100, 4096])
+def test_differences_of_one_sign_keep_their_digits(classes, server):
+    """One class apart, all others nearer by the same small number: first-order terms that are added
+    up before they cancel would leave few digits."""
+    z = [torch.zeros(20, classes) for _ in range(2)]
+    for k, shift in enumerate((2e-3, 0.0)):
+        z[k][:, 0] = math.log(classes - 1) + shift
+    problem = oracle.Problem(z, {"pair_weight": "mutual"})
+    with serve(server):
+        ours = msdkern.multi_exit_row_losses(z, **problem.options).divergence
+    truth = oracle.truth(problem)["row_divergence"].detach()
+    assert ((ours - truth) / truth).abs().max() < 1e-3
