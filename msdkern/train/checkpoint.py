@@ -80,7 +80,7 @@ def encoded(state: dict[str, Any]) -> bytes:
 def rotate(folder: Path) -> None:
     """``next.pt`` becomes ``last.pt``, and that ``previous.pt``."""
     fresh, last, previous = folder / NEXT, folder / LAST, folder / PREVIOUS
-    # A kill between these renames leaves `next.pt`, which `load_newest` knows.
+    # A kill before or between these renames leaves `next.pt`, which `load_newest` puts in place.
     if last.exists():
         if last.is_dir() or previous.is_dir():
             discard(previous)  # nothing takes the place of a folder, or a folder that of a file
@@ -182,16 +182,22 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | N
     """The newest whole checkpoint of a run as `load_rest` reads it, None if it wrote none yet.
 
     A damaged one is reported through ``warn`` and the one before it is taken; when all are
-    damaged, the last report is raised.
+    damaged, the last report is raised. What a kill left as ``next.pt`` becomes ``last.pt``: a run
+    that has no step left writes no other.
     """
     present = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).exists()]
     for position, path in enumerate(present):
         try:
-            return load_rest(path)
+            state = load_rest(path)
         except CommandError as error:
             if position == len(present) - 1:
                 raise
             warn(f"{error}; taking {present[position + 1].name}")
+            continue
+        if path.name != NEXT:
+            return state
+        rotate(folder)
+        return load_rest(folder / LAST)  # a folder says where its tensors are
     return None
 
 

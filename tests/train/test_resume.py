@@ -64,6 +64,23 @@ def test_killed_runs_reach_the_same_bits(config, tmp_path, environment, seed):
     assert_same_run(whole.out, broken.out)
 
 
+@pytest.mark.parametrize("last", ["previous.pt", None], ids=["before", "between"])
+def test_killed_at_the_renames_of_the_last_checkpoint(config, last):
+    """Nothing is left to train, so nothing else would put the last checkpoint in its place."""
+    whole = config(out=config().out + "-whole")
+    fit(whole)
+    broken = replace(whole, out=whole.out + "-broken")
+    fit(broken)
+    folder = Path(broken.out)
+    (folder / "result.json").unlink()
+    (folder / "last.pt").rename(folder / "next.pt")
+    if last:
+        (folder / last).rename(folder / "last.pt")
+    fit(broken, resume=True)
+    assert_same_run(whole.out, broken.out)
+    assert not (folder / "next.pt").exists()
+
+
 def test_stopped_in_the_middle_of_an_epoch(config, tmp_path):
     whole = config(out=str(tmp_path / "whole"), checkpoint_every=1, log_every=4)
     fit(whole)
