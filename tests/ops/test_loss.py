@@ -259,8 +259,8 @@ def test_near_identical_exits_keep_their_digits(pairs, classes, closer, server):
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("classes", [1000, 4096])
 def test_differences_of_one_sign_keep_their_digits(classes, server):
-    """One class apart, all others nearer by the same small number: nothing averages out, and at KL
-    of 5e-7 F.kl_div has no digit left."""
+    """One class apart, all others nearer by the same small number: nothing averages out. At KL of
+    5e-7 F.kl_div has no digit left; half a unit in the last place of q = 1/2 is 6 % of it."""
     z = [torch.zeros(20, classes) for _ in range(2)]
     for k, shift in enumerate((2e-3, 0.0)):
         z[k][:, 0] = math.log(classes - 1) + shift
@@ -269,4 +269,4 @@ def test_differences_of_one_sign_keep_their_digits(classes, server):
         ours = msdkern.multi_exit_row_losses(z, **problem.options).divergence
     truth, peer = (f(problem)["row_divergence"].detach() for f in (oracle.truth, oracle.peer))
     errors = [((x - truth) / truth).abs().max() for x in (ours, peer)]
-    assert 20 * errors[0] < min(1.0, errors[1]), errors
+    assert 5 * errors[0] < min(1.0, errors[1]), errors
