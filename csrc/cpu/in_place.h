@@ -143,12 +143,10 @@ class InPlace {
         aim(lane, n, 0);
         loss.student(s, loss.classes);
         if (!loss.gradient || !call.label) return;
-        const int64_t label = call.label[n];
-        if (sizeof(S) != sizeof(Real)) return subtract_rounded(lane, n, label);
-        for (int k = 0; k < loss.exits; ++k)
-            if (call.gradient[k])
-                static_cast<Real *>(call.gradient[k])[n * loss.classes + label] -=
-                    s.row[k].mass_scale;
+        if (sizeof(S) == sizeof(Real))
+            loss.subtract_in_row(n, s.row);
+        else
+            subtract_rounded(lane, n, call.label[n]);
     }
     // Before the gradient is rounded: by the sweep once more, over the vector that has the label.
     void subtract_rounded(int lane, int64_t n, int64_t label) {

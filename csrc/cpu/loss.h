@@ -214,17 +214,18 @@ struct Loss {
             if (r < exits) s.one[r] = kept.one + at;  // e itself where powers of it serve
         }
     }
+    // The label's share of sample n, where gradients are stored in Real.
+    void subtract_in_row(int64_t n, const RowConstants<Real> *row) const {
+        for (int k = 0; k < exits; ++k)
+            if (call.gradient[k])
+                real(call.gradient[k])[n * classes + call.label[n]] -= row[k].mass_scale;
+    }
     // The label's share is subtracted in Real, before rounding to the storage dtype: where that
     // rounds, by the sweep once more, over the vector of classes that has the label.
     void subtract_label(SweepFunction<Real> sweep, const Sample &x) const {
         if (!call.label || targets.dense) return;
         const int64_t label = call.label[x.n], begin = label / W * W;
-        if (sizeof(S) == sizeof(Real)) {
-            for (int k = 0; k < exits; ++k)
-                if (call.gradient[k])
-                    real(call.gradient[k])[x.n * classes + label] -= x.s.row[k].mass_scale;
-            return;
-        }
+        if (sizeof(S) == sizeof(Real)) return subtract_in_row(x.n, x.s.row);
         store(x.scratch.mass, V{});
         x.scratch.mass[label - begin] = 1;
         x.s.mass = x.scratch.mass;

@@ -7,6 +7,16 @@
 
 namespace MSDKERN_NAMESPACE {
 
+// f(offset, part) over a row: whole vectors, then the first lanes of one.
+template <class S, class F>
+INLINE void write_row(S *to, int64_t classes, F f) {
+    const int W = kLanes<RealOf<S>>;
+    int64_t c = 0;
+    for (; c + W <= classes; c += W) store(to + c, f(c, Whole()));
+    const int rest = int(classes - c);
+    if (rest) store_partial(to + c, rest, f(c, First{rest}));
+}
+
 // Rows of a block, a few at a time where they are short: what is to be folded is folded for all of
 // them together, and no row waits for the one before it.
 template <class S>
@@ -90,13 +100,14 @@ class Softmax {
             const Real inverse = 1 / totals[i], m = maxima[i];
             if (scratch) {
                 const Real *const e = scratch + i * stride;
-                write_row(r.out[i], [&](int64_t c, auto) __attribute__((always_inline)) {
+                write_row(r.out[i], classes, [&](int64_t c, auto) __attribute__((always_inline)) {
                     return load(e + c) * inverse;
                 });
             } else {
-                write_row(r.out[i], [&](int64_t c, auto part) __attribute__((always_inline)) {
-                    return exponential(load_some(r.in[i] + c, part) - m, rate) * inverse;
-                });
+                write_row(r.out[i], classes,
+                          [&](int64_t c, auto part) __attribute__((always_inline)) {
+                              return exponential(load_some(r.in[i] + c, part) - m, rate) * inverse;
+                          });
             }
         }
     }
@@ -106,7 +117,7 @@ class Softmax {
         logarithms(totals, r.count);
         for (int i = 0; i < r.count; ++i) {
             const Real m = maxima[i], log_total = totals[i];
-            write_row(r.out[i], [&](int64_t c, auto part) __attribute__((always_inline)) {
+            write_row(r.out[i], classes, [&](int64_t c, auto part) __attribute__((always_inline)) {
                 return (load_some(r.in[i] + c, part) - m) * inverse_t - log_total;
             });
         }
@@ -117,7 +128,7 @@ class Softmax {
         for (int i = 0; i < r.count; ++i) {
             const S *const y = r.in[i], *const g = r.upstream[i];
             const Real total = sum<Real>(products<kLog>(y, g));
-            write_row(r.out[i], [&](int64_t c, auto part) __attribute__((always_inline)) {
+            write_row(r.out[i], classes, [&](int64_t c, auto part) __attribute__((always_inline)) {
                 const V upstream = load_some(g + c, part), output = load_some(y + c, part);
                 return (kLog ? upstream - exponential(output) * total
                              : output * (upstream - total)) *
@@ -146,13 +157,6 @@ class Softmax {
         if (c < classes) sum1 += term(c, First{int(classes - c)});
         return sum0 + sum1;
     }
-    template <class F>
-    INLINE_MEMBER void write_row(S *to, F f) const {
-        int64_t c = 0;
-        for (; c + W <= classes; c += W) store(to + c, f(c, Whole()));
-        const int rest = int(classes - c);
-        if (rest) store_partial(to + c, rest, f(c, First{rest}));
-    }
 };
 
 template <class S>
@@ -170,7 +174,6 @@ static int run_softmax(const msdkern_softmax &call, bool backward) {
 template <class S>
 static int run_scale(const msdkern_scale &call) {
     typedef typename Kind<S>::Real Real;
-    const int W = kLanes<Real>;
     if (call.factor == 1) return MSDKERN_OK;
     const Real factor = Real(call.factor);
     for (int t = 0; t < call.tensors; ++t) {
@@ -178,11 +181,10 @@ static int run_scale(const msdkern_scale &call) {
         const int64_t step = 16384;
         parallel_for((call.size[t] + step - 1) / step, call.place.threads, [&](int64_t b) {
             S *const part = data + b * step;
-            const int64_t count = least(step, call.size[t] - b * step);
-            int64_t i = 0;
-            for (; i + W <= count; i += W) store(part + i, load(part + i) * factor);
-            const int rest = int(count - i);
-            if (rest) store_partial(part + i, rest, load_partial(part + i, rest, Real(0)) * factor);
+            write_row(part, least(step, call.size[t] - b * step),
+                      [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                          return load_some(part + i, lanes) * factor;
+                      });
         });
     }
     return MSDKERN_OK;
